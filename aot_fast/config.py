@@ -1,0 +1,312 @@
+"""Every setting of aot_fast, as frozen dataclasses. Imports no torch, so that `--help` and errors are instant.
+
+`load()` in `settings.py` turns a YAML file and dotted overrides into a `Config`; `check()` there holds the rules between fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run as a whole."""
+
+    name: str = "run"
+    """Name of the run; its folder is `folder/name`."""
+    folder: str = "runs"
+    """Where run folders live."""
+    seed: int = 0
+    """Base of every seed: they derive from (seed, role, round, step, sample)."""
+    deterministic: bool = False
+    """Deterministic algorithms on the GPU; the CPU is deterministic anyway."""
+    threads: int = 0
+    """CPU threads of each process; 0: cores divided by processes."""
+    stop_after: int = 0
+    """Stop (saved, resumable) after this many optimizer steps of this launch; 0: play to the end."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Questions and images."""
+
+    train: str = "world"
+    """Path of a JSONL file of questions, or `world` for the synthetic world."""
+    images: str = ""
+    """Folder of the training images; empty: the folder of the JSONL file."""
+    heldout: str = ""
+    """JSONL of held-out questions; empty: the world's held-out split, or a share of the training file."""
+    heldout_images: str = ""
+    """Folder of the held-out images; empty: as `images`."""
+    heldout_fraction: float = 0.1
+    """Share of the training file held out when `heldout` is empty (at least one image's questions)."""
+    num_train: int = 0
+    """Questions used of the training file, or made in the world; 0: all (world: 2,000)."""
+    num_heldout: int = 0
+    """Held-out questions used, or made in the world; 0: all (world: 500)."""
+    world_size: int = 64
+    """Side of the synthetic world's pictures in pixels."""
+    max_image_pixels: int = 64_000_000
+    """Largest image accepted, read from the header before decoding."""
+    max_bad_fraction: float = 0.01
+    """Abort when more than this share of the images (and more than 10 of them) cannot be used."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """torchrun and DeepSpeed ZeRO-3."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep optimizer states (`optimizer`) or parameters too (`all`) in host memory while training."""
+    offload_idle: bool = True
+    """Move the idle player's optimizer states to the host (GPU only)."""
+    timeout_s: int = 1800
+    """Limit of one collective."""
+    persistence_threshold: int = 100_000
+    """Parameters with fewer elements stay gathered on every rank (stage3_param_persistence_threshold)."""
+    max_bad_steps: int = 5
+    """Consecutive skipped (non-finite) optimizer steps that end the run."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and a constant rate."""
+
+    lr: float = 1e-6
+    weight_decay: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters; rank 0 trains all weights."""
+
+    rank: int = 0
+    alpha: int = 128
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    """Module name endings; empty: the attention projections of the player."""
+
+
+@dataclass(frozen=True)
+class DefenderConfig:
+    """The vision-language model and its DAPO training (MATH.md sections 1 and 2; AOT_FACTS.md for AOT's values)."""
+
+    model: str = "asset:tiny/defender"
+    """Folder in the Hugging Face layout, hub id, or `asset:NAME` for a bundled one."""
+    revision: str = ""
+    """Pinned commit of a hub id; required for one."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train_vision: bool = True
+    """Train the vision tower too."""
+    gradient_checkpointing: bool = False
+    min_pixels: int = 0
+    """Smallest image after resizing; 0: as the model's processor says."""
+    max_pixels: int = 0
+    """Largest image after resizing; 0: as the model's processor says."""
+    max_prompt_tokens: int = 8192
+    """A longer prompt is refused, never truncated."""
+    max_response_tokens: int = 4096
+    temperature: float = 1.0
+    top_p: float = 1.0
+    group_size: int = 5
+    """Responses a prompt (G)."""
+    prompts_per_step: int = 128
+    """Groups an optimizer step trains on, over all ranks."""
+    steps_per_rollout: int = 1
+    """Optimizer steps on one rollout; the rollout keeps prompts_per_step * steps_per_rollout groups."""
+    prompts_per_try: int = 0
+    """Prompts drawn per generation batch of dynamic sampling; 0: as many as are wanted."""
+    max_generation_batches: int = 10
+    """Generation batches before a step makes do with what it has."""
+    max_staleness: int = 1
+    """Policy versions a banked group may be old."""
+    rollout_batch: int = 64
+    """Responses generated at a time on one rank."""
+    microbatch: int = 4
+    """Responses in one forward and backward on one rank."""
+    loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    agg: Literal["token", "seq_mean", "seq_sum_norm"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = 3.0
+    advantage_std: Literal["group", "batch", "none"] = "group"
+    beta: float = 0.0
+    """Weight of the KL to the reference (the Defender before training); 0: off."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    overlong_buffer: int = 0
+    """Tokens before max_response_tokens in which a response is punished softly; 0: off."""
+    mask_truncated: bool = False
+    """Leave truncated responses out of the loss."""
+    reward: str = "aot"
+    """aot | exact | module:function(text, question) -> (reward, correct)."""
+
+
+@dataclass(frozen=True)
+class AttackerConfig:
+    """The image editor and its Flow-GRPO training (MATH.md section 3)."""
+
+    model: str = "asset:tiny/attacker"
+    """Pipeline folder in the diffusers layout, hub id, or `asset:NAME` for a bundled one."""
+    revision: str = ""
+    """Pinned commit of a hub id; required for one."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=3e-4, weight_decay=1e-4))
+    gradient_checkpointing: bool = False
+    ema_decay: float = 0.0
+    """Exponential average of the trained weights, used for the curated set and the evaluation; 0: off."""
+    target_pixels: int = 512 * 512
+    """Area of the edited image."""
+    reference_pixels: int = 512 * 512
+    """Area of the reference given to the VAE (the pipeline's own is 1024 * 1024: four times the tokens of a 512 * 512 target)."""
+    condition_pixels: int = 384 * 384
+    """Area of the image given to the text encoder."""
+    num_steps: int = 10
+    """Denoising steps S."""
+    dynamics: Literal["flow_sde", "dance", "cps", "ode"] = "flow_sde"
+    eta: float = 1.0
+    window: int = 3
+    """Consecutive stochastic, trained steps w."""
+    window_range: tuple[int, int] = (0, 5)
+    """[lo, hi): the window lies inside; its start is drawn per optimizer step."""
+    shared_noise: bool = True
+    """Give every sample of a group the same start noise, so that the group differs only inside the window."""
+    guidance: float = 1.0
+    """True classifier-free guidance scale; 1: off."""
+    negative_prompt: str = " "
+    group_size: int = 16
+    prompts_per_step: int = 16
+    """Groups an optimizer step trains on, over all ranks."""
+    rollout_batch: int = 16
+    """Samples denoised at a time on one rank."""
+    microbatch: int = 4
+    """(sample, step) pairs in one forward and backward on one rank."""
+    variant: Literal["grpo", "guard", "dppo"] = "grpo"
+    clip: float = 0.0
+    """Clip range; 0: 1e-4 (flow_sde, dance), 1e-5 (cps), 2e-6 (guard)."""
+    adv_clip: float = 5.0
+    advantage_std: Literal["group", "batch", "none"] = "group"
+    beta: float = 0.0
+    """Weight of the KL to the base model (LoRA switched off); 0: off."""
+    kl: Literal["exact", "flow_grpo"] = "exact"
+    cps_logp: Literal["published", "gaussian"] = "published"
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The Attacker's reward (MATH.md section 4). AOT's own formula, weights and thresholds are not published."""
+
+    kind: Literal["gated", "weighted"] = "gated"
+    q_low: float = 0.6
+    q_high: float = 0.8
+    pad: float = 0.1
+    """Padding of the target box before SSIM, as a share of its longer side."""
+    trials: int = 4
+    """Sampled answers of the Defender on each edit (m)."""
+    efficacy: Literal["fraction", "consecutive"] = "fraction"
+    consecutive: int = 3
+    """First k trials that must all be wrong (efficacy: consecutive)."""
+    weights: tuple[float, float, float] = (0.5, 0.4, 0.1)
+    """w_e, w_q, w_u (kind: weighted)."""
+    judge: str = "defender"
+    """Uniqueness: `defender` (the frozen first Defender counts the targets in both images), `off`, or module:function."""
+    solvable_trials: int = 2
+    """A question is attacked only if this many of this many trials are right on the clean image and on its round trip."""
+    temperature: float = 1.0
+    """Temperature of the trials."""
+
+
+@dataclass(frozen=True)
+class CurationConfig:
+    """What the frozen Attacker's edits become training data for the Defender. AOT's own mix is unpublished."""
+
+    num_questions: int = 256
+    """Solvable questions edited for one curated set."""
+    edits_per_question: int = 2
+    """Edits tried for each."""
+    clean_share: float = 0.25
+    """Share of clean images in the set."""
+    replay_share: float = 0.15
+    """Share of edits from earlier rounds."""
+    hard_share: float = 0.5
+    """Largest share of edits that fooled every trial (e = 1)."""
+
+
+@dataclass(frozen=True)
+class GameConfig:
+    """How long the game is."""
+
+    arm: Literal["coevolution", "clean", "roundtrip", "random_edit"] = "coevolution"
+    """What the Defender trains on: the game itself, or one of the controls of MATH.md section 5."""
+    warmup_steps: int = 0
+    """Defender steps on clean images before the first round."""
+    rounds: int = 3
+    attacker_steps: int = 100
+    """Attacker optimizer steps a round."""
+    defender_steps: int = 100
+    """Defender optimizer steps a round."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation after every round (MATH.md section 5)."""
+
+    num_questions: int = 0
+    """Held-out questions used; 0: all."""
+    num_attacked: int = 0
+    """Held-out questions that each Attacker edits; 0: as num_questions."""
+    gallery: int = 12
+    """Edits shown in the report for each Attacker."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of the pair of players (RELIABILITY.md)."""
+
+    every: int = 50
+    """Optimizer steps of a player between checkpoints; one is also written at the end of every phase."""
+    keep: int = 2
+    """Newest checkpoints kept (at least 2)."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    every: int = 1
+    """Steps between log lines; the device is read only then."""
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation of the operators is used."""
+
+    backend: Literal["auto", "reference"] = "auto"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings; one attribute a section."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    defender: DefenderConfig = field(default_factory=DefenderConfig)
+    attacker: AttackerConfig = field(default_factory=AttackerConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    curation: CurationConfig = field(default_factory=CurationConfig)
+    game: GameConfig = field(default_factory=GameConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)

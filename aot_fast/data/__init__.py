@@ -1,0 +1,1 @@
+"""What passes between the players: questions with images, edits, verdicts; and the synthetic world."""
