@@ -235,13 +235,14 @@ def _sample_clutter(rng: random.Random) -> tuple[Spot, ...]:
 
 
 def _sample_names(rng: random.Random, num_objects: int) -> list[tuple[str, str]]:
-    """(shape, color) of each object; half of the scenes repeat a shape or a colour, so that counting has something to count."""
+    """(shape, color) of each object; half of the scenes repeat a shape, a colour or both, so that counting has something to count."""
     shapes = rng.sample(SHAPES, num_objects)
     colors = rng.sample(list(COLORS), num_objects)
     if rng.random() < 0.5:
-        repeated = rng.choice((shapes, colors))
+        repeated = rng.choice(((shapes,), (shapes,), (colors,), (colors,), (shapes, colors)))
         for k in range(1, rng.randint(2, num_objects)):
-            repeated[k] = repeated[0]
+            for names in repeated:
+                names[k] = names[0]
     names = list(zip(shapes, colors))
     rng.shuffle(names)
     return names
@@ -260,6 +261,11 @@ def sample_scene(seed: int) -> Scene:
                 objects.append(SceneObject(shape, color, size, *place))
         if len(objects) == len(names) and free_place([item.box for item in objects], SIZES[1], rng):
             return Scene(_sample_background(rng), _sample_clutter(rng), tuple(objects))
+
+
+def plural(name: str) -> str:
+    """Plural of a target's name, as counting questions have it."""
+    return name + ("es" if name.endswith("cross") else "s")
 
 
 @dataclass(frozen=True)
@@ -306,27 +312,37 @@ def _draft_relation(scene: Scene, rng: random.Random) -> _Draft | None:
     return _Draft(text, answer, (wrong,), (first, second), (first.name, second.name))
 
 
-def _draft_existence(scene: Scene, rng: random.Random) -> _Draft | None:
+def _present_or_absent(scene: Scene, rng: random.Random) -> tuple[str, str, list[SceneObject]]:
+    """Shape and colour, half of the time of nothing in the picture, with the objects that decide whether it is there.
+
+    An absent object shares its colour or its shape with at least one in the picture; those that could be taken for it decide.
+    """
     item = rng.choice(scene.objects)
+    shape, color = item.shape, item.color
     if rng.random() < 0.5:
-        return _Draft(f"Is there a {item.name} in the picture?", "yes", ("no",), (item,), (item.name,))
-    # The absent object shares its colour or its shape with those in the picture that could be taken for it: they decide.
-    shape, color = (item.shape, rng.choice(list(COLORS))) if rng.random() < 0.5 else (rng.choice(SHAPES), item.color)
-    if _unique(scene, shape=shape, color=color):
-        return None
-    likely = tuple(other for other in scene.objects if other.shape == shape or other.color == color)
-    return _Draft(f"Is there a {color} {shape} in the picture?", "no", ("yes",), likely, (f"{color} {shape}",))
+        shape, color = (shape, rng.choice(list(COLORS))) if rng.random() < 0.5 else (rng.choice(SHAPES), color)
+    found = _unique(scene, shape=shape, color=color)
+    return shape, color, found or [other for other in scene.objects if other.shape == shape or other.color == color]
+
+
+def _draft_existence(scene: Scene, rng: random.Random) -> _Draft | None:
+    shape, color, deciding = _present_or_absent(scene, rng)
+    answer, wrong = ("yes", "no") if _unique(scene, shape=shape, color=color) else ("no", "yes")
+    return _Draft(f"Is there a {color} {shape} in the picture?", answer, (wrong,), tuple(deciding), (f"{color} {shape}",))
 
 
 def _draft_counting(scene: Scene, rng: random.Random) -> _Draft | None:
-    item = rng.choice(scene.objects)
-    if rng.random() < 0.5:
-        counted, name = _unique(scene, shape=item.shape), f"{item.shape}s" if item.shape != "cross" else "crosses"
+    shape, color, deciding = _present_or_absent(scene, rng)
+    by = rng.choice(("shape", "color", "both"))
+    if by == "both":
+        name, counted = f"{color} {shape}", _unique(scene, shape=shape, color=color)
     else:
-        counted, name = _unique(scene, color=item.color), f"{item.color} objects"
+        item = deciding[0]
+        name, wanted = (item.shape, {"shape": item.shape}) if by == "shape" else (f"{item.color} object", {"color": item.color})
+        deciding = counted = _unique(scene, **wanted)
     answer = str(len(counted))
-    wrong = rng.sample([n for n in "1234" if n != answer], rng.randint(1, 3))
-    return _Draft(f"How many {name} are there?", answer, tuple(wrong), tuple(counted), (name,))
+    wrong = rng.sample([n for n in "01234" if n != answer], rng.randint(1, 3))
+    return _Draft(f"How many {plural(name)} are there?", answer, tuple(wrong), tuple(deciding), (name,))
 
 
 DRAFTS = {"attribute": _draft_attribute, "relation": _draft_relation, "existence": _draft_existence, "counting": _draft_counting}
@@ -360,7 +376,8 @@ PATTERNS = {
     "relation": re.compile(r"Is the (?P<first>\w+ \w+) (?P<low>left of|above) or (right of|below) the (?P<second>\w+ \w+)\?"),
     "existence": re.compile(r"Is there a (?P<color>\w+) (?P<shape>\w+) in the picture\?"),
     "color count": re.compile(r"How many (?P<color>\w+) objects are there\?"),
-    "shape count": re.compile(r"How many (?P<shape>\w+)s are there\?"),
+    "shape count": re.compile(r"How many (?P<shape>cross(?=es)|\w+(?=s))e?s are there\?"),
+    "count": re.compile(r"How many (?P<color>\w+) (?P<shape>cross(?=es)|\w+(?=s))e?s are there\?"),
 }
 
 
@@ -379,13 +396,14 @@ def _true_text(scene: Scene, question: str) -> str | None:
             return None
         low, high, axis = ("left of", "right of", "x") if words["low"] == "left of" else ("above", "below", "y")
         return low if getattr(first[0], axis) < getattr(second[0], axis) else high
-    wanted = {"shape": "cross" if words["shape"].startswith("cross") else words["shape"]} if kind == "shape count" else words
-    return str(len(_unique(scene, **wanted)))
+    return str(len(_unique(scene, **words)))
 
 
 def answer_of(scene: Scene, question: Question) -> str | None:
-    """The letter that is true of `scene` (the picture after an edit, say); None if no option is, or the question became ambiguous."""
+    """The answer that is true of `scene` (the picture after an edit, say); None if no option is, or the question became ambiguous."""
     text = _true_text(scene, question.question)
+    if not question.options:
+        return text
     return LETTERS[question.options.index(text)] if text in question.options else None
 
 

@@ -1,0 +1,290 @@
+"""The small Defender: Qwen2.5-VL's class with 1.5 M parameters, taught to answer on clean scenes.
+
+Several questions about one picture share one row: [system, picture | question 1, answer 1 | question 2, answer 2 | ...]. A question
+sees the prefix and itself, and its positions restart after the prefix, so the loss is that of separate rows for half the work.
+Shapes: B pictures, K questions, T tokens of a row, R response tokens, P image tokens (4 x 4 cells), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from aot_fast.bootstrap.folders import IMAGE_PX, PATCH_PX, build_tokenizer, image_processor
+from aot_fast.bootstrap.training import Plan, train
+from aot_fast.data.schema import LETTERS, Question, question_text
+from aot_fast.data.scenes import COLORS, SHAPES, SPLITS, Scene, make_question, render, sample_question, sample_scene
+
+PLAN = Plan(steps=2600, lr=2e-3, warmup_steps=150, weight_decay=0.02, ema_decay=0.998, seed=2)
+PICTURES = 24
+QUESTIONS_PER_PICTURE = 4
+OPEN_SHARE = 0.15
+"""Questions asked without options, as the uniqueness judge counts and as a user's data may."""
+CELLS = IMAGE_PX // (2 * PATCH_PX)
+AUXILIARY_WEIGHT = 1.0
+ATTRIBUTES = (*COLORS, *SHAPES)
+
+
+def defender_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL in small: 8-px patches, windows of 32 px, full attention in the last vision block."""
+    token = tokenizer.get_vocab()
+    text = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": None,
+        "eos_token_id": token["<|im_end|>"],
+        "pad_token_id": token["<|endoftext|>"],
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_heads": 3,
+        "out_hidden_size": 128,
+        "patch_size": PATCH_PX,
+        "window_size": 32,
+        "fullatt_block_indexes": [1, 3],
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token["<|image_pad|>"],
+        video_token_id=token["<|video_pad|>"],
+        vision_start_token_id=token["<|vision_start|>"],
+        vision_end_token_id=token["<|vision_end|>"],
+    )
+
+
+def build_defender(seed: int) -> Qwen2_5_VLForConditionalGeneration:
+    """An untrained small Defender that stops at <|im_end|>."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = Qwen2_5_VLForConditionalGeneration(defender_config(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = None
+    return model
+
+
+def prefix_text(num_image_tokens: int = CELLS**2) -> str:
+    """The chat template up to the question."""
+    picture = "<|vision_start|>" + "<|image_pad|>" * num_image_tokens + "<|vision_end|>"
+    return f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{picture}"
+
+
+def branch_text(question: Question) -> str:
+    """The rest of the user's turn and the start of the answer."""
+    return f"{question_text(question.question, question.options or None)}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def response_text(question: Question) -> str:
+    """The word, then the letter: the letter is easy to learn once the word is there."""
+    answer = question.options[LETTERS.index(question.answer)] if question.options else question.answer
+    return f"{answer} \\boxed{{{question.answer}}}<|im_end|>"
+
+
+def without_options(question: Question) -> Question:
+    """The same question asked openly."""
+    return replace(question, answer=question.options[LETTERS.index(question.answer)], options=())
+
+
+def patchify(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [B, 3, 64, 64] -> pixel_values [B * 64, 3 * 2 * 8 * 8] and grids [B, 3], as the image processor makes them."""
+    processor = image_processor()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    x = (pictures.float() / 255 - mean) / std
+    batch, side = len(x), x.shape[-1] // PATCH_PX
+    x = x.view(batch, 3, side // 2, 2, PATCH_PX, side // 2, 2, PATCH_PX).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    x = x.unsqueeze(6).expand(*x.shape[:6], 2, *x.shape[6:])
+    return x.reshape(batch * side * side, -1), torch.tensor([[1, side, side]]).repeat(batch, 1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch of shared-prefix rows."""
+
+    input_ids_BT: Tensor
+    position_ids_3BT: Tensor
+    mask_BTT: Tensor
+    """True where a row (second axis) may attend (third axis)."""
+    response_BT: Tensor
+    """True at tokens that predict a token of an answer."""
+    pixel_values: Tensor
+    grids_B3: Tensor
+
+
+def _prefix_positions(model: Qwen2_5_VLForConditionalGeneration, prefix: Tensor) -> Tensor:
+    is_image = (prefix == model.config.image_token_id).long()[None]
+    grid, mask = torch.tensor([[1, 2 * CELLS, 2 * CELLS]]), torch.ones_like(prefix)[None]
+    return model.model.get_rope_index(prefix[None], image_grid_thw=grid, mm_token_type_ids=is_image, attention_mask=mask)[0][:, 0]
+
+
+def pack_rows(model: nn.Module, tokenizer: Qwen2Tokenizer, pictures: Tensor, questions: Sequence[Sequence[Question]]) -> Rows:
+    """K questions about each of B pictures as shared-prefix rows."""
+    prefix = tokenizer(prefix_text(), return_tensors="pt").input_ids[0]
+    prefix_positions = _prefix_positions(model, prefix)
+    start = int(prefix_positions.max()) + 1
+    rows = []
+    for row in questions:
+        ids, branch, offset, response = [], [], [], []
+        for k, question in enumerate(row):
+            asked, answer = (tokenizer(text).input_ids for text in (branch_text(question), response_text(question)))
+            ids += asked + answer
+            branch += [k + 1] * (len(asked) + len(answer))
+            offset += range(start, start + len(asked) + len(answer))
+            # A token predicts the next one: the last of the question predicts the first of the answer.
+            response += [False] * (len(asked) - 1) + [True] * len(answer) + [False]
+        rows.append((ids, branch, offset, response))
+    length = max(len(row[0]) for row in rows)
+
+    def padded(column: int, fill: int) -> Tensor:
+        return torch.tensor([list(row[column]) + [fill] * (length - len(row[column])) for row in rows])
+
+    batch = len(rows)
+    ids, branch = padded(0, tokenizer.pad_token_id), torch.cat([torch.zeros(batch, len(prefix), dtype=torch.long), padded(1, -1)], 1)
+    total = branch.shape[1]
+    visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    tail = padded(2, start).expand(3, -1, -1)
+    pixel_values, grids = patchify(pictures)
+    return Rows(
+        input_ids_BT=torch.cat([prefix.expand(batch, -1), ids], 1),
+        position_ids_3BT=torch.cat([prefix_positions[:, None].expand(-1, batch, -1), tail], 2),
+        mask_BTT=visible & torch.ones(total, total, dtype=torch.bool).tril(),
+        response_BT=torch.cat([torch.zeros(batch, len(prefix), dtype=torch.bool), padded(3, 0).bool()], 1),
+        pixel_values=pixel_values,
+        grids_B3=grids,
+    )
+
+
+class WithProbe(nn.Module):
+    """The Defender beside a linear probe on its image tokens: what stands in each cell, and where. The probe is thrown away.
+
+    From the answers alone a vision tower starts to see only after thousands of steps.
+    """
+
+    def __init__(self, defender: Qwen2_5_VLForConditionalGeneration):
+        super().__init__()
+        self.defender = defender
+        self.probe = nn.Linear(defender.config.text_config.hidden_size, len(ATTRIBUTES) + 3)
+
+
+def probe_targets(scene: Scene) -> Tensor:
+    """[P, attributes + 3]: attributes of the object centred in each cell, its presence, and its centre in [-1, 1]."""
+    target = torch.zeros(CELLS, CELLS, len(ATTRIBUTES) + 3)
+    for item in scene.objects:
+        cell = target[int(item.y * CELLS), int(item.x * CELLS)]
+        cell[ATTRIBUTES.index(item.color)] = cell[ATTRIBUTES.index(item.shape)] = cell[-3] = 1
+        cell[-2:] = torch.tensor([2 * item.x - 1, 2 * item.y - 1])
+    return target.flatten(0, 1)
+
+
+def _probe_loss(output_BPA: Tensor, target_BPA: Tensor) -> Tensor:
+    present = target_BPA[..., -3]
+    names = F.binary_cross_entropy_with_logits(output_BPA[..., :-2], target_BPA[..., :-2])
+    place = ((output_BPA[..., -2:] - target_BPA[..., -2:]) ** 2).sum(-1)
+    return 5 * names + (place * present).sum() / present.sum()
+
+
+def answer_logits(model: Qwen2_5_VLForConditionalGeneration, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [R, V] of the answers' tokens, these tokens [R], and the image features [B, P, H]."""
+    core = model.model
+    features = core.get_image_features(rows.pixel_values, rows.grids_B3).pooler_output
+    features = torch.cat(list(features)) if isinstance(features, (tuple, list)) else features
+    embeds = core.get_input_embeddings()(rows.input_ids_BT)
+    is_image = (rows.input_ids_BT == model.config.image_token_id)[..., None].expand_as(embeds)
+    hidden = core.language_model(
+        inputs_embeds=embeds.masked_scatter(is_image, features.to(embeds.dtype)),
+        position_ids=rows.position_ids_3BT,
+        attention_mask={"full_attention": rows.mask_BTT[:, None]},
+        use_cache=False,
+    ).last_hidden_state
+    targets = rows.input_ids_BT.roll(-1, 1)[rows.response_BT]
+    return model.lm_head(hidden[rows.response_BT]), targets, features.view(len(rows.input_ids_BT), CELLS**2, -1)
+
+
+def picture_of(scene: Scene) -> Tensor:
+    """uint8 [3, 64, 64]."""
+    return torch.from_numpy(np.array(render(scene, IMAGE_PX))).permute(2, 0, 1)
+
+
+def _draw_examples(generator: torch.Generator) -> tuple[list[Scene], list[list[Question]]]:
+    """Fresh bootstrap scenes at every step: nothing can be memorised."""
+    split = SPLITS["bootstrap"]
+    seeds = torch.randint(len(split), (PICTURES,), generator=generator).tolist()
+    scenes, questions = [sample_scene(split[seed]) for seed in seeds], []
+    for seed, scene in zip(seeds, scenes):
+        rng = random.Random(f"sft {seed}")
+        row = [sample_question(scene, rng, IMAGE_PX) for _ in range(QUESTIONS_PER_PICTURE)]
+        questions.append([without_options(q) if rng.random() < OPEN_SHARE else q for q in row])
+    return scenes, questions
+
+
+def train_defender(folder: Path, plan: Plan = PLAN, stop_at: int | None = None) -> Qwen2_5_VLForConditionalGeneration:
+    """SFT from scratch, or from the state in `folder`."""
+    tokenizer, model = build_tokenizer(), WithProbe(build_defender(plan.seed))
+
+    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        scenes, questions = _draw_examples(generator)
+        rows = pack_rows(model.defender, tokenizer, torch.stack([picture_of(scene) for scene in scenes]), questions)
+        logits, targets, features = answer_logits(model.defender, rows)
+        answer_loss = F.cross_entropy(logits, targets)
+        probe_loss = _probe_loss(model.probe(features), torch.stack([probe_targets(scene) for scene in scenes]))
+        right = (logits.argmax(-1) == targets).float().mean()
+        return answer_loss + AUXILIARY_WEIGHT * probe_loss, {
+            "answer_loss": answer_loss.item(),
+            "probe_loss": probe_loss.item(),
+            "token_accuracy": right.item(),
+        }
+
+    train(model, batch_loss, plan, folder, stop_at)
+    return model.defender
+
+
+def chat_inputs(tokenizer: Qwen2Tokenizer, images: Sequence[Image.Image], texts: Sequence[str], image_token_id: int) -> dict[str, Tensor]:
+    """Model inputs for prompts with one <|image_pad|> each, padded on the left."""
+    pixels = image_processor()(list(images), return_tensors="pt")
+    counts = (pixels["image_grid_thw"].prod(-1) // 4).tolist()
+    expanded = [text.replace("<|image_pad|>", "<|image_pad|>" * count) for text, count in zip(texts, counts)]
+    inputs = tokenizer(expanded, padding=True, padding_side="left", return_tensors="pt")
+    return {**inputs, **pixels, "mm_token_type_ids": (inputs["input_ids"] == image_token_id).long()}
+
+
+@torch.no_grad()
+def greedy_answers(model: Qwen2_5_VLForConditionalGeneration, images: Sequence[Image.Image], questions: Sequence[Question]) -> list[str]:
+    """Responses at temperature 0, through the library's own `generate`."""
+    tokenizer, answers = build_tokenizer(), []
+    for start in range(0, len(questions), 100):
+        part = slice(start, start + 100)
+        texts = [prefix_text(1) + branch_text(question) for question in questions[part]]
+        inputs = chat_inputs(tokenizer, images[part], texts, model.config.image_token_id)
+        tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        answers += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return answers
+
+
+def accuracy_by_kind(model: Qwen2_5_VLForConditionalGeneration, split: str, num_questions: int) -> dict[str, float]:
+    """Greedy accuracy on multiple-choice questions about clean scenes, in all and by kind."""
+    pairs = [make_question(split, index, IMAGE_PX) for index in range(num_questions)]
+    questions = [question for _, question in pairs]
+    answers = greedy_answers(model, [render(scene, IMAGE_PX) for scene, _ in pairs], questions)
+    right = [f"\\boxed{{{question.answer}}}" in answer for question, answer in zip(questions, answers)]
+    scores = {"all": sum(right) / len(right)}
+    for kind in sorted({question.kind for question in questions}):
+        hits = [ok for ok, question in zip(right, questions) if question.kind == kind]
+        scores[kind] = sum(hits) / len(hits)
+    return scores

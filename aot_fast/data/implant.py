@@ -1,0 +1,97 @@
+"""Distractors implanted by rule: the pairs (clean scene, edited scene) that the Attacker is cold-started on.
+
+AOT-SFT lets a language model propose distractors and an inpainter draw them; here the scene graph does both, with the same checks: no
+overlap with a target, no second instance of a target, the true answer stays true.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from aot_fast.data.schema import Box, Question, edit_prompt
+from aot_fast.data.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject, answer_of, free_place, overlaps
+
+KINDS = {"added": 0.5, "subtle": 0.15, "replaced": 0.15, "recolored": 0.1, "removed": 0.1}
+"""Share of each kind of edit; `subtle` adds a small object. What needs an object besides the targets falls back to `added`."""
+SUBTLE_SIZES = (0.11, 0.15)
+TRIES_PER_KIND = 8
+
+
+@dataclass(frozen=True)
+class Implant:
+    """An edited scene and the instruction that leads to it."""
+
+    scene: Scene
+    prompt: str
+    kind: str
+    changed_boxes: tuple[Box, ...]
+    """Fractions of the picture's side: where the edit may be seen."""
+
+
+def matches(item: SceneObject, name: str) -> bool:
+    """Whether an object answers to a target's name: "star", "red object" or "red star"."""
+    return all(word in (item.shape, item.color, "object") for word in name.split())
+
+
+def target_objects(scene: Scene, question: Question, size_px: int) -> list[SceneObject]:
+    """The objects whose boxes the question names as targets; `size_px` is the size for which its boxes were computed."""
+    return [item for item in scene.objects if item.pixel_box(size_px) in question.target_boxes]
+
+
+def keeps_question(scene: Scene, question: Question, new: Sequence[SceneObject]) -> bool:
+    """Whether the answer is still true and no new object can be taken for a target."""
+    return answer_of(scene, question) == question.answer and not any(matches(item, name) for item in new for name in question.target_names)
+
+
+def _distractor_name(targets: Sequence[SceneObject], rng: random.Random) -> tuple[str, str]:
+    """(shape, color): mostly a target's shape in another colour, or its colour on another shape."""
+    shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
+    alike = rng.random()
+    if targets and alike < 0.4:
+        shape = rng.choice(targets).shape
+    elif targets and alike < 0.8:
+        color = rng.choice(targets).color
+    return shape, color
+
+
+def _add(scene: Scene, targets: list[SceneObject], sizes: tuple[float, float], rng: random.Random) -> tuple[Scene, list[SceneObject], list[Box]]:
+    size = round(rng.uniform(*sizes), 4)
+    place = free_place([item.box for item in scene.objects], size, rng)
+    if place is None:
+        return scene, [], []
+    item = SceneObject(*_distractor_name(targets, rng), size, *place)
+    return replace(scene, objects=(*scene.objects, item)), [item], [item.box]
+
+
+def _change(scene: Scene, targets: list[SceneObject], kind: str, rng: random.Random) -> tuple[Scene, list[SceneObject], list[Box]]:
+    """Replace, recolour or remove an object that is no target."""
+    others = [item for item in scene.objects if item not in targets]
+    if not others:
+        return scene, [], []
+    old = rng.choice(others)
+    kept = tuple(item for item in scene.objects if item is not old)
+    if kind == "removed":
+        return replace(scene, objects=kept), [], [old.box]
+    shape, color = _distractor_name(targets, rng)
+    new = replace(old, color=color, shape=old.shape if kind == "recolored" else shape)
+    return replace(scene, objects=(*kept, new)), [new] if new != old else [], [old.box]
+
+
+def implant(scene: Scene, question: Question, rng: random.Random, size_px: int) -> Implant:
+    """A random distractor edit of `scene` that keeps the targets of `question` and its answer."""
+    targets = target_objects(scene, question, size_px)
+    kind = rng.choices(list(KINDS), KINDS.values())[0]
+    tries = 0
+    while True:
+        tries += 1
+        kind = kind if tries <= TRIES_PER_KIND else "added"
+        if kind in ("added", "subtle"):
+            edited, new, boxes = _add(scene, targets, SIZES if kind == "added" else SUBTLE_SIZES, rng)
+        else:
+            edited, new, boxes = _change(scene, targets, kind, rng)
+        # Nothing new is right for a removal only; otherwise the try found no room or no object to change.
+        if boxes and (new or kind == "removed") and keeps_question(edited, question, new):
+            assert not any(overlaps(box, item.box, 0.0) for box in boxes for item in targets)
+            return Implant(edited, edit_prompt(question.question), kind, tuple(boxes))
