@@ -1,0 +1,112 @@
+"""Log-probability and entropy straight from hidden states, a chunk of rows at a time: the logits never exist whole.
+
+    logits = hidden @ weight^T;   then as logprob.   dhidden = dlogits @ weight,   dweight = dlogits^T @ hidden
+
+N rows, H hidden, V vocabulary. Floor: one GEMM of 2 N H V operations forward; backward recomputes the logits, so training through this
+operator is four GEMMs (linear_policy_loss needs three). Memory: one chunk, chunk_rows x V.
+"""
+
+import torch
+from torch import Tensor
+
+from .arguments import FLOATS, INTEGERS, compute_dtype, require, require_tensor
+from .dispatch import implementation
+from .logprob import LogProb, RowStats, logit_gradient, row_stats
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_rows: int = 4096,
+    logits_dtype: torch.dtype = torch.float32,
+) -> LogProb:
+    """logprob(hidden @ weight.T, targets), differentiable in hidden and weight, in chunks of at most chunk_rows rows.
+
+    hidden: [N, H], weight: [V, H], same float dtype, any strides. targets, temperature, validity: as logprob. logits_dtype: what the
+    chunk's logits are rounded to (torch.float32, or bf16 with log-prob errors of about 0.03); fp64 inputs stay fp64. The weight's gradient
+    is summed over the chunks in fp32. Raises ValueError on a wrong shape, dtype, temperature or chunk_rows < 1.
+    """
+    check_head(hidden, weight, targets, temperature, chunk_rows, logits_dtype)
+    return implementation("linear_logprob")(hidden, weight, targets, temperature, chunk_rows, logits_dtype)
+
+
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_rows: int, logits_dtype: torch.dtype) -> None:
+    """Checks what linear_logprob and linear_policy_loss have in common."""
+    require_tensor("hidden", hidden, (None, None), FLOATS)
+    require_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,), like=hidden)
+    require_tensor("targets", targets, (hidden.shape[0],), INTEGERS, like=hidden)
+    require(temperature > 0, "temperature", temperature, "more than 0")
+    require(chunk_rows >= 1, "chunk_rows", chunk_rows, "at least 1")
+    require(logits_dtype in FLOATS, "logits_dtype", logits_dtype, f"one of {FLOATS}")
+
+
+def linear_logprob_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_rows: int, logits_dtype: torch.dtype
+) -> LogProb:
+    return LogProb(*_LinearLogProb.apply(hidden, weight, targets, temperature, chunk_rows, logits_dtype))
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_rows: int, logits_dtype: torch.dtype):
+        head = weight.to(compute_dtype(weight))
+        chunks = [
+            row_stats(chunk_logits(h, head, logits_dtype), t, temperature)
+            for h, t in zip(hidden.split(chunk_rows), targets.split(chunk_rows))
+        ]
+        stats = RowStats(*(torch.cat(parts) for parts in zip(*chunks)))
+        ctx.save_for_backward(hidden, weight, targets, *stats)
+        ctx.settings = temperature, chunk_rows, logits_dtype
+        ctx.mark_non_differentiable(stats.valid)
+        ctx.set_materialize_grads(False)
+        return stats.logp, stats.entropy, stats.valid
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogp: Tensor | None, dentropy: Tensor | None, _):
+        hidden, weight, targets, *stats = ctx.saved_tensors
+        temperature, chunk_rows, logits_dtype = ctx.settings
+        zeros = torch.zeros_like(stats[0])
+        dlogp, dentropy = (zeros if g is None else g for g in (dlogp, dentropy))
+        head = weight.to(compute_dtype(weight))
+        gradients = HeadGradients(hidden, head, *ctx.needs_input_grad[:2])
+        for start in range(0, len(hidden), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            part = RowStats(*(s[rows] for s in stats))
+            # A row without upstream gradient may hold anything; 0 * NaN would reach dweight through the GEMM.
+            live = (part.valid & ((dlogp[rows] != 0) | (dentropy[rows] != 0))).unsqueeze(1)
+            h = torch.where(live, hidden[rows], 0)
+            logits = chunk_logits(h, head, logits_dtype)
+            dlogits = logit_gradient(logits, targets[rows], part, dlogp[rows], dentropy[rows], temperature, hidden.dtype)
+            gradients.add(rows, h, dlogits)
+        return gradients.dhidden, gradients.dweight_as(weight.dtype), None, None, None, None
+
+
+def chunk_logits(hidden: Tensor, head: Tensor, logits_dtype: torch.dtype) -> Tensor:
+    """Logits of a chunk, accumulated in the head's dtype (fp32 or fp64), rounded to logits_dtype if that is a half type."""
+    logits = hidden.to(head.dtype) @ head.T
+    return logits.to(logits_dtype) if logits_dtype.itemsize < 4 else logits
+
+
+class HeadGradients:
+    """Sums dhidden and dweight over chunks; dweight in fp32 (fp64 for fp64 inputs), in chunk order."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, needs_hidden: bool, needs_weight: bool):
+        self.head = head
+        self.dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
+        self.dweight = torch.zeros(head.shape, dtype=head.dtype, device=head.device) if needs_weight else None
+
+    def add(self, rows: Tensor | slice, hidden: Tensor, dlogits: Tensor) -> None:
+        """rows: which rows of dhidden these are; hidden [n, H]; dlogits [n, V] in hidden's dtype."""
+        dlogits = dlogits.to(self.head.dtype)
+        if self.dhidden is not None:
+            self.dhidden[rows] = (dlogits @ self.head).to(self.dhidden.dtype)
+        if self.dweight is not None:
+            self.dweight.addmm_(dlogits.T, hidden.to(self.head.dtype))
+
+    def dweight_as(self, dtype: torch.dtype) -> Tensor | None:
+        """dweight in the weight's dtype, or None."""
+        return None if self.dweight is None else self.dweight.to(dtype)

@@ -1,0 +1,139 @@
+"""Log-probability of given tokens and entropy of the distribution, from logits.
+
+    z = logits / temperature,  m = max_j z_j,  S = sum_j e^(z_j - m)
+    logp = z_t - m - ln S;  entropy = ln S - sum_j e^(z_j - m) (z_j - m) / S
+    d logp / d z_j = [j = t] - p_j;   d entropy / d z_j = -p_j (ln p_j + entropy)
+
+N rows (tokens), V vocabulary. Floor: the forward pass reads the logits once (N V elements), forward and backward read them twice and write
+the gradient once. Reductions over V are in a fixed order, so that a row's result has the same bits alone, in a batch or permuted.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import FLOATS, INTEGERS, compute_dtype, require, require_tensor
+from .dispatch import implementation
+from .fixed_order import fixed_order_sum
+
+BLOCK_ELEMENTS = 1 << 22
+"""Logits handled at a time: 16 MB in fp32, so that temporaries stay small beside the logits whatever N is."""
+
+
+class LogProb(NamedTuple):
+    """Log-probabilities of the targets, [N] each."""
+
+    logp: Tensor
+    """fp32 (fp64 for fp64 logits), 0 where not valid."""
+    entropy: Tensor
+    """of the whole distribution in nats; same dtype; 0 where not valid."""
+    valid: Tensor
+    """bool: the target is in [0, V) and its logit is not -inf."""
+
+
+class RowStats(NamedTuple):
+    """What the gradient needs of each row, [N] each."""
+
+    logp: Tensor
+    entropy: Tensor
+    valid: Tensor
+    highest: Tensor
+    """m, and 0 for a row of -inf."""
+    log_sum: Tensor
+    """ln S."""
+
+
+def logprob(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> LogProb:
+    """log softmax(logits / temperature)[target] and the entropy, differentiable in the logits.
+
+    logits: [N, V] fp32, bf16, fp16 or fp64, any strides; -inf is allowed. targets: [N] int64 or int32; outside [0, V) (-100 included) the
+    row is not valid and is never dereferenced. temperature > 0. Where `valid` is False, logp = entropy = 0 and the gradient is 0. A row
+    without upstream gradient gets exactly 0, whatever its logits are (NaN included). The gradient has the logits' dtype.
+    Raises ValueError on a wrong shape, dtype or temperature.
+    """
+    require_tensor("logits", logits, (None, None), FLOATS)
+    require_tensor("targets", targets, (logits.shape[0],), INTEGERS, like=logits)
+    require(temperature > 0, "temperature", temperature, "more than 0")
+    return implementation("logprob")(logits, targets, temperature)
+
+
+def logprob_reference(logits: Tensor, targets: Tensor, temperature: float) -> LogProb:
+    return LogProb(*_LogProb.apply(logits, targets, temperature))
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float):
+        stats = row_stats(logits, targets, temperature)
+        ctx.save_for_backward(logits, targets, *stats)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(stats.valid)
+        ctx.set_materialize_grads(False)
+        return stats.logp, stats.entropy, stats.valid
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogp: Tensor | None, dentropy: Tensor | None, _):
+        logits, targets, *stats = ctx.saved_tensors
+        return logit_gradient(logits, targets, RowStats(*stats), dlogp, dentropy, ctx.temperature, logits.dtype), None, None
+
+
+def row_stats(logits: Tensor, targets: Tensor, temperature: float) -> RowStats:
+    """RowStats of logits [N, V] for targets [N], a block of rows at a time."""
+    blocks = [_row_stats(z, t, temperature) for z, t in zip(logits.split(_block_rows(logits)), targets.split(_block_rows(logits)))]
+    return RowStats(*(torch.cat(parts) for parts in zip(*blocks)))
+
+
+def _row_stats(logits: Tensor, targets: Tensor, temperature: float) -> RowStats:
+    z = _scaled(logits, temperature)
+    in_range = (targets >= 0) & (targets < z.shape[1])
+    target = torch.where(in_range, targets, 0).long().unsqueeze(1)
+    highest = z.amax(dim=1)
+    highest = torch.where(highest == -torch.inf, 0, highest)  # -inf - -inf is NaN
+    z = z - highest.unsqueeze(1)
+    weights = torch.exp(z)
+    total = fixed_order_sum(weights)
+    log_sum = torch.log(total)
+    spread = fixed_order_sum(torch.where(weights > 0, weights * z, 0)) / total  # 0 * -inf is NaN
+    target_z = z.gather(1, target).squeeze(1)
+    valid = in_range & (target_z != -torch.inf)
+    logp = torch.where(valid, target_z - log_sum, 0)
+    entropy = torch.where(valid, log_sum - spread, 0)
+    return RowStats(logp.to(z.dtype), entropy.to(z.dtype), valid, highest, log_sum.to(z.dtype))
+
+
+def logit_gradient(
+    logits: Tensor, targets: Tensor, stats: RowStats, dlogp: Tensor | None, dentropy: Tensor | None, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """dL/dlogits [N, V] in `dtype` from dL/dlogp and dL/dentropy, [N] each or None; zero in rows that are not valid."""
+    zeros = torch.zeros_like(stats.logp)
+    dlogp = zeros if dlogp is None else torch.where(stats.valid, dlogp, 0)
+    dentropy = zeros if dentropy is None else torch.where(stats.valid, dentropy, 0)
+    gradient = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    size = _block_rows(logits)
+    for out, z, t, *rows in zip(*(x.split(size) for x in (gradient, logits, targets, *stats, dlogp, dentropy))):
+        out.copy_(_logit_gradient(z, t, RowStats(*rows[:5]), rows[5], rows[6], temperature))
+    return gradient
+
+
+def _logit_gradient(logits: Tensor, targets: Tensor, stats: RowStats, dlogp: Tensor, dentropy: Tensor, temperature: float) -> Tensor:
+    log_p = _scaled(logits, temperature) - stats.highest.unsqueeze(1) - stats.log_sum.unsqueeze(1)
+    p = torch.exp(log_p)
+    gradient = -dlogp.unsqueeze(1) * p
+    # 1 - p of the target as -expm1(log p): p rounded before the subtraction loses the whole gradient of a likely token.
+    target = torch.where(stats.valid, targets, 0).long().unsqueeze(1)
+    gradient.scatter_(1, target, (dlogp * -torch.expm1(stats.logp)).unsqueeze(1))
+    entropy_part = torch.where(p > 0, p * (log_p + stats.entropy.unsqueeze(1)), 0)
+    gradient -= dentropy.unsqueeze(1) * entropy_part
+    live = ((dlogp != 0) | (dentropy != 0)).unsqueeze(1)
+    return torch.where(live, gradient / temperature, 0)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    z = logits.to(compute_dtype(logits))
+    return z if temperature == 1.0 else z / temperature
+
+
+def _block_rows(logits: Tensor) -> int:
+    return max(1, BLOCK_ELEMENTS // max(1, logits.shape[1]))
