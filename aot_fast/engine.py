@@ -145,7 +145,15 @@ class StepResult:
 class Player:
     """One DeepSpeed ZeRO-3 engine around one model; trains the parameters that require a gradient."""
 
-    def __init__(self, name: str, model: nn.Module, optimizer: OptimizerConfig, engine: EngineConfig, runtime: Runtime, groups: list[dict] | None = None):
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        engine: EngineConfig,
+        runtime: Runtime,
+        groups: list[dict] | None = None,
+    ):
         import deepspeed
 
         self.name, self.runtime, self.config, self.limits = name, runtime, optimizer, engine
@@ -279,5 +287,6 @@ def whole_state(player: Player, trainable_only: bool = False) -> dict[str, Tenso
             if player.runtime.rank == 0:
                 state[name] = parameter.detach().cpu().clone()
     if player.runtime.rank == 0 and not trainable_only:
-        state |= {name: buffer.detach().cpu().clone() for name, buffer in player.module.named_buffers()}
+        saved = player.module.state_dict().keys()  # buffers that are no part of the files (rotary tables) stay out
+        state |= {name: buffer.detach().cpu().clone() for name, buffer in player.module.named_buffers() if name in saved}
     return state

@@ -1,0 +1,1 @@
+"""The vision-language model under attack: prompts, rollout, rewards and DAPO."""

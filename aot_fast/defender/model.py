@@ -1,0 +1,141 @@
+"""Loading and saving the Defender: Qwen2.5-VL in the Hugging Face layout, trained under ZeRO-3 or frozen and whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from aot_fast.config import DefenderConfig, EngineConfig, LoraConfig
+from aot_fast.engine import Player, Runtime, build_player, whole_state, zero_config
+from aot_fast.models import model_folder
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+@dataclass
+class Defender:
+    """A vision-language model with what turns questions into its inputs."""
+
+    model: nn.Module
+    """Qwen2_5_VLForConditionalGeneration, perhaps inside peft's wrapper."""
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Qwen2VLImageProcessorPil
+    config: DefenderConfig
+    runtime: Runtime
+    player: Player | None = None
+    """None for a frozen copy, whose weights are whole on every rank."""
+
+    @property
+    def core(self) -> Qwen2_5_VLForConditionalGeneration:
+        """The model without peft's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def version(self) -> int:
+        return self.player.version if self.player else 0
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a response."""
+        ids = self.core.generation_config.eos_token_id
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        return sorted({*ids, self.tokenizer.eos_token_id})
+
+    @property
+    def banned_ids(self) -> list[int]:
+        """Tokens that sampling never emits: they would need an image behind them (MATH.md section 2)."""
+        ids = self.tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
+        return [i for i in ids if i is not None and i != self.tokenizer.unk_token_id]
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The model ready to answer: whole weights, no gradients; ranks may call it unequally often."""
+        if self.player:
+            with self.player.gathered() as model:
+                yield model
+        else:
+            with torch.no_grad():
+                yield self.model
+
+
+def load_defender(config: DefenderConfig, engine: EngineConfig, runtime: Runtime) -> Defender:
+    """The Defender under a training engine, partitioned while it loads."""
+    folder = model_folder(config.model, config.revision, "defender.model")
+    keep_alive = HfDeepSpeedConfig(zero_config(engine, runtime, config.optimizer))  # from_pretrained partitions while this object lives
+    model = _from_folder(folder, config, runtime)
+    del keep_alive
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not config.train_vision:
+        model.model.visual.requires_grad_(False)
+    if config.lora.rank:
+        model = _with_lora(model, config.lora)
+    player = build_player("defender", model, config.optimizer, engine, runtime)
+    return Defender(player.module, *_processors(folder, config), config, runtime, player)
+
+
+def load_frozen(folder: Path, config: DefenderConfig, runtime: Runtime) -> Defender:
+    """A Defender that only answers, whole on every rank: the judge, the reference, an earlier round."""
+    model = _from_folder(folder, config, runtime).to(runtime.device).eval().requires_grad_(False)
+    return Defender(model, *_processors(folder, config), config, runtime)
+
+
+def _from_folder(folder: Path, config: DefenderConfig, runtime: Runtime) -> Qwen2_5_VLForConditionalGeneration:
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        from peft import PeftConfig, PeftModel
+
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        inner = _from_folder(model_folder(base, config.revision, "defender.model"), config, runtime)
+        return PeftModel.from_pretrained(inner, str(folder)).merge_and_unload()
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=runtime.dtype, attn_implementation=config.attention, local_files_only=True
+    )
+
+
+def _processors(folder: Path, config: DefenderConfig) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:
+    if (folder / "adapter_config.json").is_file():
+        from peft import PeftConfig
+
+        folder = model_folder(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, config.revision, "defender.model")
+    pixels: dict[str, Any] = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    pixels = {name: value for name, value in pixels.items() if value}
+    # The full processor class needs torchvision; the tokenizer and the PIL image processor are all it is made of.
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, **pixels)
+    return AutoTokenizer.from_pretrained(folder), image_processor
+
+
+def _with_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    targets = list(lora.targets or LORA_TARGETS)
+    return get_peft_model(model, PeftLora(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets))
+
+
+def export_defender(defender: Defender, folder: Path) -> None:
+    """Write the Defender so that plain transformers (full) or peft (LoRA) loads it. A collective."""
+    assert defender.player is not None
+    adapter = bool(defender.config.lora.rank)
+    state = whole_state(defender.player, trainable_only=adapter)
+    if defender.runtime.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if adapter:
+            defender.model.peft_config["default"].base_model_name_or_path = str(
+                model_folder(defender.config.model, defender.config.revision, "defender.model")
+            )
+        defender.model.save_pretrained(folder, state_dict=state)
+        defender.tokenizer.save_pretrained(folder)
+        defender.image_processor.save_pretrained(folder)
+    defender.runtime.barrier()
