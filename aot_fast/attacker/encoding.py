@@ -1,0 +1,170 @@
+"""From pictures and prompts to what the transformer reads, and back: the numbers of the diffusers pipelines' own methods.
+
+Legend: T prompt tokens, D text width, N target tokens, M reference tokens (2x2 latent pixels a token), c latent channels, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL.Image import Image
+from torch import Tensor
+
+from aot_fast.attacker.model import Attacker
+
+SYSTEM = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), then explain "
+    "how the user's text instruction should alter or modify the image. Generate a new image that meets the user's requirements while "
+    "maintaining consistency with the original input where appropriate.<|im_end|>\n<|im_start|>user\n"
+)
+IMAGE_PAD = "<|image_pad|>"
+VISION = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
+TEMPLATE = SYSTEM + VISION + "{}<|im_end|>\n<|im_start|>assistant\n"
+TEMPLATE_PLUS = SYSTEM + "Picture 1: " + VISION + "{}<|im_end|>\n<|im_start|>assistant\n"
+TEMPLATE_TOKENS = 64
+"""prompt_template_encode_start_idx of both pipelines: the system turn, dropped from the prompt's embedding."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Everything that conditions the edit of one picture by one prompt; shared by the samples of a group."""
+
+    prompt: Tensor
+    """[T, D] hidden states of the text encoder."""
+    negative: Tensor | None
+    """[T', D] of the negative prompt; None without guidance."""
+    reference: Tensor
+    """[M, 4c] packed, normalised latents of the picture."""
+    reference_size: tuple[int, int]
+    """Height, width in tokens."""
+    height: int
+    """Of the edit, in pixels."""
+    width: int
+    size: tuple[int, int]
+    """Height, width of the edit in tokens; N is their product."""
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """`img_shapes` of one sample: frames, height, width of target and reference. Equal shapes can share a forward."""
+        return [(1, *self.size), (1, *self.reference_size)]
+
+
+def fit_size(width: int, height: int, pixels: int, unit: int) -> tuple[int, int]:
+    """Height and width of about `pixels` area at the picture's aspect ratio, multiples of `unit` (at least one)."""
+    wide = math.sqrt(pixels * width / height)
+    tall = wide * height / width
+    return max(1, round(tall / unit)) * unit, max(1, round(wide / unit)) * unit
+
+
+@torch.no_grad()
+def encode(attacker: Attacker, images: Sequence[Image], prompts: Sequence[str]) -> list[Encoding]:
+    """One `Encoding` for each picture and its prompt.
+
+    One picture at a time, so that an encoding does not depend on what else is in the batch.
+    """
+    return [_encode_one(attacker, image.convert("RGB"), prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def _encode_one(attacker: Attacker, image: Image, prompt: str) -> Encoding:
+    config, unit = attacker.config, attacker.unit
+    height, width = fit_size(*image.size, config.target_pixels, unit)
+    reference, reference_size = _encode_reference(attacker, image)
+    condition = resize(image, *fit_size(*image.size, config.condition_pixels, unit))
+    return Encoding(
+        prompt=_encode_prompt(attacker, condition, prompt),
+        negative=_encode_prompt(attacker, condition, config.negative_prompt) if config.guidance > 1 else None,
+        reference=reference,
+        reference_size=reference_size,
+        height=height,
+        width=width,
+        size=(height // unit, width // unit),
+    )
+
+
+def resize(image: Image, height: int, width: int) -> Image:
+    """As the pipelines resize (Lanczos)."""
+    return VaeImageProcessor().resize(image, height, width)
+
+
+def _encode_reference(attacker: Attacker, image: Image) -> tuple[Tensor, tuple[int, int]]:
+    height, width = fit_size(*image.size, attacker.config.reference_pixels, attacker.unit)
+    latents = image_to_latents(attacker, image, height, width)
+    return pack(latents)[0], (height // attacker.unit, width // attacker.unit)
+
+
+def expand_image_pad(text: str, grid_thw: Tensor, merge_size: int) -> str:
+    """Repeat each `<|image_pad|>` once for every token of its picture, as Qwen2VLProcessor does (it needs torchvision to load)."""
+    first, *rest = text.split(IMAGE_PAD)
+    counts = (grid_thw.prod(-1) // merge_size**2).tolist()
+    return first + "".join(IMAGE_PAD * count + part for count, part in zip(counts, rest, strict=True))
+
+
+def _encode_prompt(attacker: Attacker, image: Image, prompt: str) -> Tensor:
+    """[T, D]: last hidden states behind the template's system turn. Raises ValueError when the prompt forges an image token."""
+    if IMAGE_PAD in prompt:
+        raise ValueError(f"the prompt {prompt!r} holds {IMAGE_PAD}, which stands for the picture")
+    pixels = attacker.image_processor(images=[image], return_tensors="pt").to(attacker.runtime.device)
+    template = TEMPLATE_PLUS if attacker.plus else TEMPLATE
+    text = expand_image_pad(template.replace("{}", prompt), pixels["image_grid_thw"], attacker.image_processor.merge_size)
+    tokens = attacker.tokenizer([text], return_tensors="pt").to(attacker.runtime.device)
+    hidden = attacker.text_encoder.model(  # without the head: its logits over the vocabulary are not wanted
+        input_ids=tokens["input_ids"],
+        attention_mask=tokens["attention_mask"],
+        pixel_values=pixels["pixel_values"].to(attacker.runtime.dtype),
+        image_grid_thw=pixels["image_grid_thw"],
+    ).last_hidden_state
+    return hidden[0, TEMPLATE_TOKENS:]
+
+
+def image_to_latents(attacker: Attacker, image: Image, height: int, width: int) -> Tensor:
+    """[1, c, h, w] normalised latents (mode of the posterior) of the picture resized to height x width pixels."""
+    pixels = VaeImageProcessor(vae_scale_factor=attacker.unit).preprocess(image, height, width).unsqueeze(2)
+    moments = attacker.vae.encode(pixels.to(attacker.runtime.device, attacker.runtime.dtype))
+    mean, std = _statistics(attacker)
+    return ((moments.latent_dist.mode() - mean) / std)[:, :, 0]
+
+
+def _statistics(attacker: Attacker) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents, [1, c, 1, 1, 1]."""
+    config = attacker.vae.config
+    made = [torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)]
+    mean, std = (values.to(attacker.runtime.device, attacker.runtime.dtype) for values in made)
+    return mean, std
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, c, h, w] -> [B, h/2 * w/2, 4c]: a token is 2 x 2 latent pixels."""
+    batch, channels, height, width = latents.shape
+    blocks = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, N, 4c] -> [B, c, h, w] with `size` = (h / 2, w / 2)."""
+    batch, _, channels = tokens.shape
+    blocks = tokens.view(batch, *size, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(batch, channels // 4, 2 * size[0], 2 * size[1])
+
+
+@torch.no_grad()
+def decode(attacker: Attacker, latents: Sequence[Tensor], encodings: Sequence[Encoding]) -> list[Image]:
+    """The pictures of final latents ([N, 4c] each) at their encodings' target size, one at a time."""
+    return [_decode_one(attacker, unpack(x[None], encoding.size)) for x, encoding in zip(latents, encodings, strict=True)]
+
+
+def _decode_one(attacker: Attacker, latents: Tensor) -> Image:
+    """`latents`: [1, c, h, w], normalised."""
+    mean, std = _statistics(attacker)
+    pixels = attacker.vae.decode(latents.to(attacker.runtime.dtype)[:, :, None] * std + mean, return_dict=False)[0][:, :, 0]
+    return VaeImageProcessor(vae_scale_factor=attacker.unit).postprocess(pixels.float(), output_type="pil")[0]
+
+
+@torch.no_grad()
+def roundtrip(attacker: Attacker, images: Sequence[Image]) -> list[Image]:
+    """Each picture once through the VAE at the target resolution: what the codec alone does must not count as an attack."""
+    sizes = [fit_size(*image.size, attacker.config.target_pixels, attacker.unit) for image in images]
+    return [_decode_one(attacker, image_to_latents(attacker, image.convert("RGB"), *size)) for image, size in zip(images, sizes)]

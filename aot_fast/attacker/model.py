@@ -1,0 +1,150 @@
+"""The Attacker: a partitioned, trainable transformer with the frozen rest of its pipeline around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aot_fast.attacker.ema import Ema
+from aot_fast.attacker.loading import find_folder, frozen_parts, is_plus, partitioned_transformer
+from aot_fast.config import AttackerConfig, EngineConfig
+from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ADAPTER = "default"
+
+
+@dataclass
+class Attacker:
+    """One image editor, ready to sample and to train."""
+
+    player: Player
+    """The transformer's DeepSpeed engine."""
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    image_processor: Any
+    """Qwen2VLImageProcessorPil: pictures for the text encoder."""
+    scheduler: Any
+    config: AttackerConfig
+    plus: bool
+    """Edit-Plus pipeline: numbers its pictures in the prompt."""
+    runtime: Runtime
+    ema: Ema | None
+
+    @property
+    def unit(self) -> int:
+        """Picture sides are multiples of this many pixels: the VAE's scale times the 2x2 packing."""
+        return 2 * 2 ** len(self.vae.temperal_downsample)
+
+    @property
+    def vae_scale(self) -> int:
+        """Picture pixels a latent pixel, per side."""
+        return self.unit // 2
+
+    def save_extra(self) -> dict[str, torch.Tensor]:
+        """This rank's state that the engine's checkpoint does not hold: the EMA's shards (host tensors)."""
+        return self.ema.state() if self.ema else {}
+
+    def load_extra(self, state: dict[str, torch.Tensor]) -> None:
+        """Inverse of `save_extra`, at the same world size. Raises ValueError when names or shapes differ."""
+        if self.ema:
+            self.ema.load(state)
+
+
+def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime) -> Attacker:
+    """Load `config.model`, add LoRA if asked, and build its engine. Raises ValueError for settings or weights that cannot work."""
+    _check(config)
+    folder = find_folder(config, runtime)
+    plus = is_plus(folder)
+    transformer = partitioned_transformer(folder / "transformer", config, engine, runtime)
+    if config.lora.rank:
+        _add_lora(transformer, config)
+        # Adapters are fp32 over a base in the compute dtype; the engine then keeps fp32 gradients and communicates them so.
+        trainer = build_player("attacker", transformer, config.optimizer, engine, replace(runtime, dtype=torch.float32))
+    else:
+        trainer = build_player("attacker", transformer, config.optimizer, engine, runtime)
+    if config.gradient_checkpointing:
+        trainer.module.enable_gradient_checkpointing()
+    ema = Ema(trainer, config.ema_decay) if config.ema_decay else None
+    return Attacker(player=trainer, config=config, plus=plus, runtime=runtime, ema=ema, **frozen_parts(folder, runtime))
+
+
+def _check(config: AttackerConfig) -> None:
+    low, high = config.window_range
+    if config.beta > 0 and not config.lora.rank:
+        raise ValueError(f"attacker.beta = {config.beta} needs attacker.lora.rank > 0: the KL's reference is the adapter switched off")
+    if config.lora.dropout:
+        raise ValueError(f"attacker.lora.dropout = {config.lora.dropout}: must be 0, or the replayed log-prob differs from the rollout's")
+    if config.dynamics != "ode" and not 0 <= low <= high - config.window <= config.num_steps - 1 - config.window:
+        raise ValueError(
+            f"attacker.window = {config.window} and attacker.window_range = {list(config.window_range)}: the range must hold the window and "
+            f"end before the last of attacker.num_steps = {config.num_steps} steps, which is never stochastic"
+        )
+
+
+def _add_lora(transformer: nn.Module, config: AttackerConfig) -> None:
+    """Freeze the base and put fp32 adapters on it. Raises ValueError when a target matches no module."""
+    from peft import LoraConfig as PeftLora
+
+    targets = config.lora.targets or ATTENTION
+    for target in targets:
+        if not any(name.endswith(target) for name, _ in transformer.named_modules()):
+            raise ValueError(f"attacker.lora.targets: no module of the transformer ends with {target!r}")
+    transformer.requires_grad_(False)
+    lora = PeftLora(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of("attacker", "lora"))  # the same start on every rank, whatever ran before
+        transformer.add_adapter(lora, adapter_name=ADAPTER)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def reference_off(player: Player) -> Iterator[None]:
+    """The model without its adapter, bit for bit the base: the reference of the KL. Raises ValueError without LoRA."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in player.module.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ValueError("the Attacker has no adapter to switch off; set attacker.lora.rank")
+    for layer in layers:
+        layer._disable_adapters = True  # peft's own switch also flips requires_grad, on which DeepSpeed has hung its hooks
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def export_attacker(attacker: Attacker, folder: Path) -> None:
+    """Write what was trained for plain diffusers and peft, from rank 0. A collective.
+
+    LoRA: `folder/pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`. Full fine-tune: `folder/transformer` for
+    `QwenImageTransformer2DModel.from_pretrained`.
+    """
+    lora = bool(attacker.config.lora.rank)
+    state = whole_state(attacker.player, trainable_only=lora)
+    module = attacker.player.module
+    if attacker.runtime.rank == 0 and lora:
+        from diffusers import QwenImageEditPipeline
+
+        adapter = {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in state.items()}
+        metadata = module.peft_config[ADAPTER].to_dict()  # holds alpha: without it diffusers assumes alpha = rank
+        metadata["target_modules"] = sorted(metadata["target_modules"])
+        QwenImageEditPipeline.save_lora_weights(folder, transformer_lora_layers=adapter, transformer_lora_adapter_metadata=metadata)
+    elif attacker.runtime.rank == 0:
+        from huggingface_hub import save_torch_state_dict
+
+        target = folder / "transformer"
+        target.mkdir(parents=True, exist_ok=True)
+        module.save_config(target)
+        save_torch_state_dict(state, target, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="10GB")
+    attacker.runtime.barrier()

@@ -1,0 +1,108 @@
+"""Fixtures of the Attacker's tests: tiny pipelines on disk, loaded Attackers, diffusers' own pipeline beside them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_pipeline import make_pipeline
+
+from aot_fast.config import AttackerConfig, EngineConfig, LoraConfig, OptimizerConfig
+
+BASE = AttackerConfig(
+    target_pixels=64 * 64,
+    reference_pixels=64 * 64,
+    condition_pixels=64 * 64,
+    num_steps=4,
+    window=2,
+    window_range=(0, 3),
+    eta=0.7,
+    group_size=4,
+    prompts_per_step=2,
+    rollout_batch=4,
+    microbatch=4,
+    optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0),
+)
+LORA = LoraConfig(rank=4, alpha=8)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """`edit` in one file and `plus` in shards."""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {"edit": make_pipeline(root / "edit"), "plus": make_pipeline(root / "plus", plus=True, max_shard_size="200KB")}
+
+
+@pytest.fixture(scope="session")
+def base_config(folders):
+    return replace(BASE, model=str(folders["edit"]))
+
+
+@pytest.fixture(scope="session")
+def load(runtime):
+    """`load(config, seed=None)`: an Attacker; with a seed its adapter is set off from the base by small random weights."""
+    from aot_fast.attacker.model import load_attacker
+
+    def loaded(config, seed=None):
+        attacker = load_attacker(config, EngineConfig(), runtime)
+        if seed is not None:
+            perturb(attacker.player, seed)
+        return attacker
+
+    return loaded
+
+
+def perturb(player, seed, scale=0.05):
+    """Add seeded noise to the trained weights (and, on this world of one, to the optimizer's copies)."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in player.trainable:
+        parameter.ds_tensor.data.add_(scale * torch.randn(parameter.ds_tensor.shape, generator=generator))
+        if parameter.data.numel():
+            parameter.data.copy_(parameter.ds_tensor[: parameter.ds_numel].view(parameter.ds_shape))
+
+
+@pytest.fixture(scope="session")
+def pipeline(folders):
+    """`pipeline(kind)`: diffusers' own pipeline over the same folder."""
+    return {kind: plain_pipeline(folder, kind == "plus") for kind, folder in folders.items()}
+
+
+def plain_pipeline(folder, plus):
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImageEditPipeline,
+        QwenImageEditPlusPipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    kind = QwenImageEditPlusPipeline if plus else QwenImageEditPipeline
+    made = kind(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae"),
+        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder").eval(),
+        tokenizer=tokenizer,
+        processor=StandInProcessor(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")),
+        transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer"),
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+class StandInProcessor:
+    """Qwen2VLProcessor without torchvision, written apart from the product: inserts the picture's tokens after tokenising."""
+
+    def __init__(self, tokenizer, images):
+        self.tokenizer, self.images = tokenizer, images
+
+    def __call__(self, text, images, padding, return_tensors):
+        from transformers import BatchFeature
+
+        images = images if isinstance(images, list) else [images]
+        pixels = self.images(images=images, return_tensors="pt")
+        pad, count = self.tokenizer.convert_tokens_to_ids("<|image_pad|>"), int(pixels["image_grid_thw"][0].prod()) // 4
+        rows = [[i for token in self.tokenizer(t)["input_ids"] for i in [token] * (count if token == pad else 1)] for t in text]
+        ids = torch.tensor(rows)
+        return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels})
