@@ -21,8 +21,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from aot_fast.bootstrap.folders import IMAGE_PX, PATCH_PX, build_tokenizer, image_processor
 from aot_fast.bootstrap.training import Plan, train
-from aot_fast.data.schema import LETTERS, Question, question_text
 from aot_fast.data.scenes import COLORS, SHAPES, SPLITS, Scene, make_question, render, sample_question, sample_scene
+from aot_fast.data.schema import LETTERS, Question, question_text
 
 PLAN = Plan(steps=2600, lr=2e-3, warmup_steps=150, weight_decay=0.02, ema_decay=0.998, seed=2)
 PICTURES = 24
@@ -255,12 +255,14 @@ def train_defender(folder: Path, plan: Plan = PLAN, stop_at: int | None = None) 
     return model.defender
 
 
-def chat_inputs(tokenizer: Qwen2Tokenizer, images: Sequence[Image.Image], texts: Sequence[str], image_token_id: int) -> dict[str, Tensor]:
-    """Model inputs for prompts with one <|image_pad|> each, padded on the left."""
+def chat_inputs(
+    tokenizer: Qwen2Tokenizer, images: Sequence[Image.Image], texts: Sequence[str], image_token_id: int, padding_side: str = "left"
+) -> dict[str, Tensor]:
+    """Model inputs for prompts with one <|image_pad|> each."""
     pixels = image_processor()(list(images), return_tensors="pt")
     counts = (pixels["image_grid_thw"].prod(-1) // 4).tolist()
     expanded = [text.replace("<|image_pad|>", "<|image_pad|>" * count) for text, count in zip(texts, counts)]
-    inputs = tokenizer(expanded, padding=True, padding_side="left", return_tensors="pt")
+    inputs = tokenizer(expanded, padding=True, padding_side=padding_side, return_tensors="pt")
     return {**inputs, **pixels, "mm_token_type_ids": (inputs["input_ids"] == image_token_id).long()}
 
 
@@ -277,14 +279,18 @@ def greedy_answers(model: Qwen2_5_VLForConditionalGeneration, images: Sequence[I
     return answers
 
 
+def right_answers(model: Qwen2_5_VLForConditionalGeneration, images: Sequence[Image.Image], questions: Sequence[Question]) -> Tensor:
+    """Whether each greedy response boxes the true answer, [N]."""
+    answers = greedy_answers(model, images, questions)
+    return torch.tensor([f"\\boxed{{{question.answer}}}" in answer for question, answer in zip(questions, answers)])
+
+
 def accuracy_by_kind(model: Qwen2_5_VLForConditionalGeneration, split: str, num_questions: int) -> dict[str, float]:
     """Greedy accuracy on multiple-choice questions about clean scenes, in all and by kind."""
     pairs = [make_question(split, index, IMAGE_PX) for index in range(num_questions)]
     questions = [question for _, question in pairs]
-    answers = greedy_answers(model, [render(scene, IMAGE_PX) for scene, _ in pairs], questions)
-    right = [f"\\boxed{{{question.answer}}}" in answer for question, answer in zip(questions, answers)]
-    scores = {"all": sum(right) / len(right)}
+    right = right_answers(model, [render(scene, IMAGE_PX) for scene, _ in pairs], questions).float()
+    scores = {"all": right.mean().item()}
     for kind in sorted({question.kind for question in questions}):
-        hits = [ok for ok, question in zip(right, questions) if question.kind == kind]
-        scores[kind] = sum(hits) / len(hits)
+        scores[kind] = right[torch.tensor([question.kind == kind for question in questions])].mean().item()
     return scores

@@ -14,8 +14,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from aot_fast.data.schema import LETTERS, edit_prompt, question_text
 from aot_fast.data.scenes import COLORS, SHAPES, plural
+from aot_fast.data.schema import LETTERS, edit_prompt, question_text
 
 SPECIAL_TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
@@ -63,7 +63,14 @@ def _lexicon() -> list[str]:
         "What color is the star?\nWhat shape is the red object?\nIs the red circle left of or right of the blue star?",
         "Is the red circle above or below the blue star?\nIs there a red circle in the picture?\nHow many circles are there?",
     ]
-    frames = [EDIT_PREFIX, "You are a helpful assistant.", "assistant\n", edit_prompt(""), question_text("", ["a"]), question_text("", None)]
+    frames = [
+        EDIT_PREFIX,
+        "You are a helpful assistant.",
+        "assistant\n",
+        edit_prompt(""),
+        question_text("", ["a"]),
+        question_text("", None),
+    ]
     frames += [" ", "\n", ".", ",", "?", "!", ":", "Picture 1: ", "Video 1: ", "and or not an a the with"]
     letters = [f"\n{letter}. {letter} \\boxed{{{letter}}}" for letter in LETTERS]
     words = [f"{name} {name} \\boxed{{{name}}}" for name in (*names, *"0123456789")]

@@ -22,14 +22,14 @@ PLAN = Plan(steps=3600, lr=1e-3, ema_decay=0.995, seed=1)
 CROP_PX = 32
 BATCH = 32
 WHOLE_IMAGES_FROM = 0.8
-"""Share of the steps after which whole pictures replace crops: from the start they get stuck, but the middle attention must see their length."""
+"""Share of the steps after which whole pictures replace crops: from the start training sticks, but the middle attention must meet them."""
 KL_WEIGHT = 1e-4
 SSIM_WEIGHT = 0.05
 SSIM_FROM_STEP = 300
 
 
 def _convolve_image(self: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """The causal 3-D convolution of a single frame: its past is zeros, so only the kernel's last time slice counts (a third of the work)."""
+    """The causal 3-D convolution of one frame: its past is zeros, so only the kernel's last time slice counts (a third of the work)."""
     if x.shape[2] != 1 or cache_x is not None:
         return QwenImageCausalConv3d.forward(self, x, cache_x)
     return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self._padding[2:4])[:, :, None]

@@ -10,8 +10,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from aot_fast.data.schema import Box, Question, edit_prompt
 from aot_fast.data.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject, answer_of, free_place, overlaps
+from aot_fast.data.schema import Box, Question, edit_prompt
 
 KINDS = {"added": 0.5, "subtle": 0.15, "replaced": 0.15, "recolored": 0.1, "removed": 0.1}
 """Share of each kind of edit; `subtle` adds a small object. What needs an object besides the targets falls back to `added`."""
@@ -56,7 +56,9 @@ def _distractor_name(targets: Sequence[SceneObject], rng: random.Random) -> tupl
     return shape, color
 
 
-def _add(scene: Scene, targets: list[SceneObject], sizes: tuple[float, float], rng: random.Random) -> tuple[Scene, list[SceneObject], list[Box]]:
+def _add(
+    scene: Scene, targets: list[SceneObject], sizes: tuple[float, float], rng: random.Random
+) -> tuple[Scene, list[SceneObject], list[Box]]:
     size = round(rng.uniform(*sizes), 4)
     place = free_place([item.box for item in scene.objects], size, rng)
     if place is None:

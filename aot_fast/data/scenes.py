@@ -42,7 +42,7 @@ SPLITS = {
     "bootstrap": range(20_000_000, 30_000_000),
     "validation": range(30_000_000, 40_000_000),
 }
-"""Disjoint seeds: `train` for the game, `heldout` for its figures only, `bootstrap` to train the small players and `validation` to tune them."""
+"""Disjoint seeds: `train` for the game, `heldout` for its figures only, `bootstrap` to train the small players, `validation` to tune."""
 
 SIZES = (0.20, 0.30)
 """Side of an object: 13 to 19 px of 64, so that a codec with 4x downsampling keeps its outline."""
