@@ -329,6 +329,8 @@ def format_line(row: Mapping[str, Any], total_steps: int, step_seconds: float) -
     parts = [f"r{row['round']} {row['phase']} {row['step']}" + (f"/{total_steps}" if total_steps else "")]
     for group in LINE:
         parts.append(" ".join(f"{label} {float(row[name]):{form}}" for name, label, form in group if name in row))
+    if row.get("applied") == 0:
+        parts.append("step skipped")
     parts.append(f"{step_seconds:.1f} s")
     if total_steps:
         minutes, seconds = divmod(round(max(0, total_steps - row["step"]) * step_seconds), 60)

@@ -124,6 +124,11 @@ def test_the_log_line_has_a_fixed_order():
     assert format_line(dict(reversed(ROW.items())), 40, 1.9) == line
 
 
+def test_a_skipped_step_says_so():
+    assert "| step skipped |" in format_line({**ROW, "applied": 0.0}, 40, 1.9)
+    assert "skipped" not in format_line({**ROW, "applied": 1.0}, 40, 1.9)
+
+
 def test_the_eta_counts_hours_and_needs_a_total():
     assert format_line(ROW, 4012, 1.0).endswith("ETA 1:06:40")
     assert "ETA" not in format_line(ROW, 0, 1.0)

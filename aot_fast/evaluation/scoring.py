@@ -80,8 +80,14 @@ def normalise(text: str) -> str:
     return " ".join(words.split()).strip(" .,;:!?\"'")
 
 
+def is_correct(parsed: str, question: Question) -> bool:
+    """Whether a parsed answer is the question's: the same letter, or for an open question the same words."""
+    if question.options:
+        return parsed == question.answer
+    return normalise(parsed) == normalise(question.answer)
+
+
 def score(question: Question, text: str) -> Answer:
-    """The answer in `text` and whether it is right: the same letter, or for an open question the same words."""
+    """The answer in `text` and whether it is right."""
     parsed = parse_answer(text, question.options)
-    right = parsed == question.answer if question.options else normalise(parsed) == normalise(question.answer)
-    return Answer(text=text, parsed=parsed, correct=right)
+    return Answer(text=text, parsed=parsed, correct=is_correct(parsed, question))

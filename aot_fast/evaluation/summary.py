@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from aot_fast.evaluation import matrix
 from aot_fast.evaluation.statistics import Share
 from aot_fast.evaluation.tables import read_tables
 from aot_fast.metrics import read_rows, write_json
+from aot_fast.settings import config_hash
 
 PACKAGES = ("aot_fast", "torch", "triton", "deepspeed", "transformers", "diffusers", "peft", "numpy", "pillow")
 
@@ -29,11 +27,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def config_hash(config: Config) -> str:
-    """Hash of all settings."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def steps_and_seconds(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, float]]:
