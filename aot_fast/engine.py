@@ -265,6 +265,23 @@ def build_player(
     return Player(name, model, optimizer, engine, runtime, groups)
 
 
+@contextmanager
+def adapter_off(module: nn.Module) -> Iterator[None]:
+    """The model without its LoRA adapter, bit for bit the base. Raises ValueError when it has none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    if not layers:
+        raise ValueError("the model has no adapter to switch off; set lora.rank")
+    for layer in layers:
+        layer._disable_adapters = True  # peft's own switch also flips requires_grad, on which DeepSpeed has hung its hooks
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def microbatches(runtime: Runtime, items: Sequence[T], size: int) -> list[list[T]]:
     """Split this rank's items into micro-batches, as many as the rank with the most has; short ranks end with empty lists.
 

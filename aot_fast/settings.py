@@ -115,7 +115,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    leaf = key.rpartition(".")[2]
+    same_leaf = [k for k in known if k.endswith(f".{leaf}") and k.split(".")[0] == key.split(".")[0]]
+    match = same_leaf or difflib.get_close_matches(key, known, 1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 

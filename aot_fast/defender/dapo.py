@@ -19,7 +19,7 @@ from aot_fast.defender.groups import Group
 from aot_fast.defender.model import Defender
 from aot_fast.defender.packing import Batch, Row, collate, response_logits
 from aot_fast.defender.prompt import encode
-from aot_fast.engine import microbatches
+from aot_fast.engine import adapter_off, microbatches
 from aot_fast.metrics import reduce_over_ranks
 
 
@@ -121,7 +121,7 @@ def reference_logp(defender: Defender, reference: Defender | None, batch: Batch)
         return None
     lora = bool(defender.config.lora.rank)
     model = defender.player if lora else reference.model
-    with torch.no_grad(), defender.model.disable_adapter() if lora else nullcontext():
+    with torch.no_grad(), adapter_off(defender.model) if lora else nullcontext():
         logits = response_logits(model, batch)
     return K.logprob(logits.flatten(0, 1), batch.targets.flatten(), temperature=defender.config.temperature).logp
 

@@ -61,7 +61,15 @@ class Stream:
         return drawn
 
     def state(self) -> dict[str, Any]:
-        return {"seed": self.seed, "consumed": self.consumed, "bank": self.bank}
+        """Plain containers and tensors, for `torch.load(weights_only=True)`."""
+        bank = [{**vars(group), "responses": [vars(r) for r in group.responses]} for group in self.bank]
+        return {"seed": self.seed, "consumed": self.consumed, "bank": bank}
+
+    @staticmethod
+    def restore(state: dict[str, Any]) -> Stream:
+        """Inverse of `state`."""
+        bank = [Group(**{**g, "responses": tuple(Response(**r) for r in g["responses"])}) for g in state["bank"]]
+        return Stream(state["seed"], state["consumed"], bank)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from aot_fast.config import DefenderConfig, EngineConfig, LoraConfig
-from aot_fast.engine import Player, Runtime, build_player, whole_state, zero_config
+from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state, zero_config
 from aot_fast.models import model_folder
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -121,7 +121,9 @@ def _with_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
     from peft import get_peft_model
 
     targets = list(lora.targets or LORA_TARGETS)
-    return get_peft_model(model, PeftLora(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of("defender", "lora"))  # the same start on every rank, whatever ran before
+        return get_peft_model(model, PeftLora(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
 
 
 def export_defender(defender: Defender, folder: Path) -> None:
