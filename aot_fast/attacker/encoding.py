@@ -1,6 +1,6 @@
 """From pictures and prompts to what the transformer reads, and back: the numbers of the diffusers pipelines' own methods.
 
-Legend: T prompt tokens, D text width, N target tokens, M reference tokens (2x2 latent pixels a token), c latent channels, h x w latent pixels.
+Legend: T prompt tokens, D text width, N target tokens, M reference tokens, c latent channels, h x w latent pixels.
 """
 
 from __future__ import annotations

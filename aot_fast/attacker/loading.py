@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aot_fast.config import AttackerConfig, EngineConfig
 from aot_fast.engine import Runtime, zero_config
+from aot_fast.models import model_folder
 
 PIPELINES = {"QwenImageEditPipeline": False, "QwenImageEditPlusPipeline": True}
 """Class in model_index.json -> whether it is the Plus pipeline ("Picture 1:" template)."""
@@ -26,31 +27,14 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 
 
-def find_folder(config: AttackerConfig, runtime: Runtime) -> Path:
-    """The local folder of `config.model`: a path, `asset:NAME`, or a hub id with `config.revision`. Raises ValueError."""
-    if config.model.startswith("asset:"):
-        folder = Path(__file__).parents[1] / "assets" / config.model.removeprefix("asset:")
-    elif Path(config.model).is_dir():
-        folder = Path(config.model)
-    else:
-        folder = _download(config, runtime)
+def find_pipeline(config: AttackerConfig) -> Path:
+    """The local pipeline folder of `config.model`. Raises ValueError when there is none."""
+    folder = model_folder(config.model, config.revision, "attacker.model")
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"attacker.model = {config.model!r}: {folder} has no model_index.json; give a pipeline folder in the diffusers layout"
         )
     return folder
-
-
-def _download(config: AttackerConfig, runtime: Runtime) -> Path:
-    if not config.revision:
-        raise ValueError(
-            f"attacker.model = {config.model!r} is neither a folder nor a pinned hub id: set attacker.revision to a commit, or fix the path"
-        )
-    from huggingface_hub import snapshot_download
-
-    folder = snapshot_download(config.model, revision=config.revision) if runtime.rank == 0 else None
-    runtime.barrier()
-    return Path(folder or snapshot_download(config.model, revision=config.revision))
 
 
 def is_plus(folder: Path) -> bool:

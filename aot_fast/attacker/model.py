@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from aot_fast.attacker.ema import Ema
-from aot_fast.attacker.loading import find_folder, frozen_parts, is_plus, partitioned_transformer
+from aot_fast.attacker.loading import find_pipeline, frozen_parts, is_plus, partitioned_transformer
 from aot_fast.config import AttackerConfig, EngineConfig
 from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state
 
@@ -61,7 +61,7 @@ class Attacker:
 def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime) -> Attacker:
     """Load `config.model`, add LoRA if asked, and build its engine. Raises ValueError for settings or weights that cannot work."""
     _check(config)
-    folder = find_folder(config, runtime)
+    folder = find_pipeline(config)
     plus = is_plus(folder)
     transformer = partitioned_transformer(folder / "transformer", config, engine, runtime)
     if config.lora.rank:
@@ -82,10 +82,12 @@ def _check(config: AttackerConfig) -> None:
         raise ValueError(f"attacker.beta = {config.beta} needs attacker.lora.rank > 0: the KL's reference is the adapter switched off")
     if config.lora.dropout:
         raise ValueError(f"attacker.lora.dropout = {config.lora.dropout}: must be 0, or the replayed log-prob differs from the rollout's")
+    if config.dynamics != "ode" and config.eta <= 0:
+        raise ValueError(f"attacker.eta = {config.eta}: must be above 0, or {config.dynamics} has no noise and no log-prob to train on")
     if config.dynamics != "ode" and not 0 <= low <= high - config.window <= config.num_steps - 1 - config.window:
         raise ValueError(
-            f"attacker.window = {config.window} and attacker.window_range = {list(config.window_range)}: the range must hold the window and "
-            f"end before the last of attacker.num_steps = {config.num_steps} steps, which is never stochastic"
+            f"attacker.window = {config.window} and attacker.window_range = {list(config.window_range)}: the range must hold the window "
+            f"and end before the last of attacker.num_steps = {config.num_steps} steps, which is never stochastic"
         )
 
 

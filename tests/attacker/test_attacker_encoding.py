@@ -16,7 +16,9 @@ PROMPT = "Add a plausible distractor object {braces} é"
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])  # square, and an aspect ratio that the target has to keep
 def test_encoding_equals_the_pipelines_own(kind, size, folders, base_config, load, pipeline):
     pixels = size[0] * size[1]
-    config = replace(base_config, model=str(folders[kind]), target_pixels=pixels, reference_pixels=pixels, condition_pixels=pixels, guidance=2.0)
+    config = replace(
+        base_config, model=str(folders[kind]), target_pixels=pixels, reference_pixels=pixels, condition_pixels=pixels, guidance=2.0
+    )
     attacker, plain, image = load(config), pipeline[kind], picture(size=size)
     ours = encode(attacker, [image], [PROMPT])[0]
 

@@ -57,7 +57,9 @@ def make_pipeline(folder: Path, plus: bool = False, max_shard_size: str = "10GB"
             if name.endswith("norm_out.linear.weight") or "mod" in name:
                 parameter.mul_(3)  # a fresh model hardly sees its prompt or its time; these tests need one that does
     transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
-    AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True]).save_pretrained(folder / "vae")
+    AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True]).save_pretrained(
+        folder / "vae"
+    )
     made = tokenizer()
     made.save_pretrained(folder / "tokenizer")
     text_encoder(made).save_pretrained(folder / "text_encoder")

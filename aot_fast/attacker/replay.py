@@ -1,0 +1,110 @@
+"""Score recorded steps again under the weights being trained: the log-probs whose gradient is the Flow-GRPO update.
+
+The plain path: every (sample, step) is an item, micro-batches hold items of equal shape, and all ranks run equally many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import aot_fast.kernels as K
+from aot_fast.attacker.encoding import Encoding
+from aot_fast.attacker.model import Attacker, reference_off
+from aot_fast.attacker.sampler import TrainedStep, guided
+from aot_fast.attacker.velocity import batches, velocity
+from aot_fast.engine import microbatches
+
+
+@dataclass(frozen=True)
+class Item:
+    """One trained step of one sample."""
+
+    encoding: Encoding
+    step: TrainedStep
+    advantage: Tensor
+    """0-d fp32."""
+    weight: bool = True
+    """False: stands in for a missing item; runs forward and backward and counts nothing."""
+
+
+class Replayed(NamedTuple):
+    """[B] each; logp, kl and drift carry gradients."""
+
+    logp: Tensor
+    old_logp: Tensor
+    advantages: Tensor
+    mask: Tensor
+    kl: Tensor | None
+    """To the model without its adapter; None when beta is 0."""
+    drift: Tensor | None
+    """Of the mean from the rollout's, squared; None unless the variant needs it."""
+    std: Tensor
+    dt: Tensor
+
+
+def replay_batches(attacker: Attacker, items: Sequence[Item]) -> list[list[Item]]:
+    """Micro-batches of at most `config.microbatch` items of equal shape, equally many on every rank (padded with blank items)."""
+    own = batches(items, attacker.config.microbatch, lambda item: (tuple(item.encoding.shapes), item.step.velocity is None))
+    padded = microbatches(attacker.runtime, own, 1)
+    return [batch[0] if batch else [blank_item(attacker)] for batch in padded]
+
+
+def blank_item(attacker: Attacker) -> Item:
+    """The smallest item there is: one target and one reference token, one prompt token, weight zero."""
+    like = {"device": attacker.runtime.device, "dtype": attacker.runtime.dtype}
+    settings = attacker.player.module.config
+    tokens = torch.zeros(1, settings.in_channels, **like)
+    prompt = torch.ones(1, settings.joint_attention_dim, **like)
+    size = (attacker.unit, attacker.unit)
+    encoding = Encoding(prompt, prompt if attacker.config.guidance > 1 else None, tokens, (1, 1), *size, (1, 1))
+    zero = torch.zeros((), device=attacker.runtime.device)
+    step = TrainedStep(tokens, tokens, 0.5, 0.25, 0.75, zero, tokens if attacker.config.variant in ("guard", "dppo") else None)
+    return Item(encoding, step, zero, weight=False)
+
+
+def replay(attacker: Attacker, items: Sequence[Item]) -> Replayed:
+    """Log-probs of the recorded steps of one micro-batch under the training engine. A collective."""
+    config, device = attacker.config, attacker.runtime.device
+    steps, encodings = [item.step for item in items], [item.encoding for item in items]
+    x, x_next = (torch.stack([getattr(step, name) for step in steps]) for name in ("x", "x_next"))
+    levels = [step.sigma for step in steps]
+    sigma, sigma_next, sigma_max = torch.tensor(
+        [[step.sigma, step.sigma_next, step.sigma_max] for step in steps], dtype=torch.float64, device=device
+    ).T
+    reference = None
+    if config.beta > 0:
+        with torch.no_grad(), reference_off(attacker.player):
+            reference = guided(velocity(attacker.player, encodings, x, levels, config.guidance > 1), config)
+    now = velocity(attacker.player, encodings, x, levels, config.guidance > 1)
+    scored = K.flow_logp(
+        x,
+        now.v,
+        x_next,
+        sigma,
+        sigma_next,
+        dynamics=config.dynamics,
+        eta=config.eta,
+        sigma_max=sigma_max,
+        v_ref=reference,
+        v_old=torch.stack([step.velocity for step in steps]) if config.variant in ("guard", "dppo") else None,
+        kl=config.kl,
+        v_uncond=now.v_uncond,
+        guidance=config.guidance,
+        cps_logp=config.cps_logp,
+    )
+    std = K.flow_coefficients(sigma, sigma_next, dynamics=config.dynamics, eta=config.eta, sigma_max=sigma_max, batch=len(items)).std
+    return Replayed(
+        logp=scored.logp,
+        old_logp=torch.stack([step.logp for step in steps]),
+        advantages=torch.stack([item.advantage for item in items]),
+        mask=torch.tensor([item.weight for item in items], device=device),
+        kl=scored.kl,
+        drift=scored.drift,
+        std=std,
+        dt=sigma_next - sigma,
+    )

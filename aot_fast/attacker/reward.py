@@ -1,0 +1,117 @@
+"""The Attacker's reward: integrity of the targets, uniqueness, and how often the frozen Defender fails (MATH.md section 4).
+
+The Defender comes in only as a function from pictures to answers. Nothing here is a collective: ranks score different numbers of edits.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from PIL.Image import Image
+
+from aot_fast.attacker.integrity import integrity, ramp
+from aot_fast.attacker.judge import Answerer, Edit, Judge, load_judge
+from aot_fast.config import RewardConfig
+from aot_fast.data.schema import Answer, Example, Verdict
+from aot_fast.engine import seed_of
+
+__all__ = ["Answerer", "Edit", "Judge", "load_judge", "score", "solvable"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def score(edits: Sequence[Edit], config: RewardConfig, answerer: Answerer, judge: Judge | None) -> list[Verdict]:
+    """A `Verdict` for each edit. judge None: every edit counts as unique.
+
+    What raises, or is None or not finite, for one edit gives that edit a NaN reward (quarantined: group_advantage leaves it out) and
+    is said once; the others are scored. Raises ValueError for settings that contradict each other.
+    """
+    if config.efficacy == "consecutive" and config.consecutive > config.trials:
+        raise ValueError(f"reward.consecutive = {config.consecutive} exceeds reward.trials = {config.trials}")
+    boxes = _each(edits, lambda e: [_integrity(edit, config) for edit in e], "integrity")
+    unique = (
+        _each(edits, lambda e: [math.nan if u is None else float(u) for u in judge(e)], "the uniqueness judge")
+        if judge
+        else [1.0] * len(edits)
+    )
+    answers = _each(edits, lambda e: _trials(e, config, answerer), "the Defender's trials")
+    return [_verdict(*row, config) for row in zip(edits, boxes, unique, answers)]
+
+
+def solvable(examples: Sequence[Example], roundtrips: Sequence[Image], config: RewardConfig, answerer: Answerer, seed: int) -> list[bool]:
+    """Whether the Defender answers rightly k of k times, k = `solvable_trials`, on the clean picture and on its VAE round trip."""
+    clean = list(examples)
+    coded = [replace(example, image=image, source="roundtrip") for example, image in zip(examples, roundtrips, strict=True)]
+    seeds = [seed_of(seed, "solvable", example.source, example.question.key) for example in clean + coded]
+    answers = answerer(clean + coded, config.solvable_trials, config.temperature, seeds)
+    right = [all(answer.correct for answer in trials) for trials in answers]
+    return [first and second for first, second in zip(right[: len(clean)], right[len(clean) :])]
+
+
+def _each(edits: Sequence[Edit], function: Callable[[Sequence[Edit]], Sequence[R]], what: str) -> list[R | None]:
+    """`function` of all edits at once; when that raises, of each alone, with None for those that raise."""
+    try:
+        results = list(function(edits))
+        if len(results) != len(edits):
+            raise ValueError(f"{what} gave {len(results)} results for {len(edits)} edits")
+        return results
+    except Exception as error:  # whatever a plug-in or a picture raises must not take the group with it
+        if len(edits) > 1:
+            return [_each([edit], function, what)[0] for edit in edits]
+        if edits:
+            warnings.warn(f"{what} failed for {edits[0].example.question.id}: {error!r}; that sample is quarantined", stacklevel=2)
+        return [None] * len(edits)
+
+
+def _integrity(edit: Edit, config: RewardConfig) -> tuple[float, ...]:
+    return integrity(edit.example.image, edit.image, edit.example.question.target_boxes, config.pad)
+
+
+def _trials(edits: Sequence[Edit], config: RewardConfig, answerer: Answerer) -> list[list[Answer]]:
+    examples = [replace(e.example, image=e.image, source="edit", attacker_round=e.attacker_round) for e in edits]
+    return answerer(examples, config.trials, config.temperature, [seed_of(edit.seed, "trials") for edit in edits])
+
+
+def efficacy(answers: Sequence[Answer], config: RewardConfig) -> float:
+    """e in [0, 1]: the share of wrong answers, or 1 only if the first `consecutive` are all wrong."""
+    wrong = [not answer.correct for answer in answers]
+    if config.efficacy == "consecutive":
+        return float(all(wrong[: config.consecutive]))
+    return sum(wrong) / len(wrong)
+
+
+def combine(w: float, q: float, u: float, e: float, config: RewardConfig) -> float:
+    """R = w(q) u e (gated), or w_e e + w_q q + w_u u (weighted)."""
+    if config.kind == "gated":
+        return w * u * e
+    w_e, w_q, w_u = config.weights
+    return w_e * e + w_q * q + w_u * u
+
+
+def _verdict(
+    edit: Edit, boxes: tuple[float, ...] | None, unique: float | None, answers: list[Answer] | None, config: RewardConfig
+) -> Verdict:
+    q = min(boxes) if boxes else math.nan
+    u = math.nan if unique is None else float(unique)
+    e = efficacy(answers, config) if answers else math.nan
+    w = ramp(q, config.q_low, config.q_high) if math.isfinite(q) else math.nan
+    known = all(map(math.isfinite, (q, u, e)))
+    reward = combine(w, q, u, e, config) if known else math.nan
+    return Verdict(
+        question_id=edit.example.question.id,
+        prompt=edit.prompt,
+        seed=edit.seed,
+        attacker_round=edit.attacker_round,
+        integrity=boxes or (math.nan,),
+        ramp=w,
+        uniqueness=u,
+        efficacy=e,
+        answers=tuple(answer.text for answer in answers or ()),
+        reward=reward,
+        accepted=known and w > 0 and u == 1 and e > 0,
+    )

@@ -1,0 +1,59 @@
+"""The edits of one optimizer step: every question's group on one rank, and the same edits whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from aot_fast.attacker.encoding import Encoding, decode, encode
+from aot_fast.attacker.model import Attacker
+from aot_fast.attacker.reward import Edit
+from aot_fast.attacker.sampler import Sample, draw_window, sample
+from aot_fast.data.schema import Example, edit_prompt
+from aot_fast.engine import seed_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one question."""
+
+    encoding: Encoding
+    samples: tuple[Sample, ...]
+    edits: tuple[Edit, ...]
+    """The samples' pictures, in the same order."""
+    version: int
+    """The Attacker's version (optimizer steps) that made them."""
+
+
+def rollout(
+    attacker: Attacker, examples: Sequence[Example], *, seed: int, round: int, step: int, group_size: int = 0, train: bool = True
+) -> list[Group]:
+    """This rank's groups, one for each of its share of `examples` (every rank passes the same sequence; only its own are read).
+
+    train: samples with this step's stochastic window, recorded, `config.shared_noise` as set. Otherwise plain ODE samples, each from its
+    own start noise, by the averaged weights where there are any. group_size 0: the config's. Seeds derive from (seed, round, step,
+    question, sample), never from a position. A collective.
+    """
+    config = attacker.config
+    count = group_size or config.group_size
+    own = [examples[i] for i in attacker.runtime.mine(len(examples))]
+    prompts = [edit_prompt(example.question.question) for example in own]
+    encodings = encode(attacker, [example.image for example in own], prompts)
+    base = (seed, "attacker", round, step)
+    keys = [(*base, example.key) for example in own]
+    shared = train and config.shared_noise
+    starts = [seed_of(*key, "start", 0 if shared else j) for key in keys for j in range(count)]
+    noises = [seed_of(*key, "noise", j) for key in keys for j in range(count)]
+    repeated = [encoding for encoding in encodings for _ in range(count)]
+    averaged = attacker.ema.applied() if attacker.ema and not train else nullcontext()
+    with averaged, attacker.player.gathered():
+        samples = sample(attacker, repeated, starts, noises, draw_window(config, *base) if train else None)
+    pictures = decode(attacker, [made.latents for made in samples], repeated)
+
+    def group(i: int) -> Group:
+        part = slice(i * count, (i + 1) * count)
+        edits = (Edit(own[i], picture, prompts[i], noise, round) for picture, noise in zip(pictures[part], noises[part]))
+        return Group(encodings[i], tuple(samples[part]), tuple(edits), attacker.player.version)
+
+    return [group(i) for i in range(len(own))]

@@ -1,0 +1,130 @@
+"""Denoise edits: ODE steps, and inside the window stochastic steps that are recorded for training.
+
+Legend: B samples, N target tokens, c latent channels, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_shift
+from torch import Tensor
+
+import aot_fast.kernels as K
+from aot_fast.attacker.encoding import Encoding
+from aot_fast.attacker.model import Attacker
+from aot_fast.attacker.velocity import Velocity, batches, velocity
+from aot_fast.config import AttackerConfig
+from aot_fast.engine import seed_of
+
+
+@dataclass(frozen=True)
+class TrainedStep:
+    """One stochastic step of one sample: all that training needs to score it again."""
+
+    x: Tensor
+    """[N, 4c] in the storage dtype."""
+    x_next: Tensor
+    """[N, 4c], as rounded before it was scored."""
+    sigma: float
+    sigma_next: float
+    sigma_max: float
+    """Second sigma of the schedule (MATH.md section 3: it stands for s~ where sigma is 1)."""
+    logp: Tensor
+    """0-d fp32, recorded at the rollout."""
+    velocity: Tensor | None
+    """[N, 4c] guided velocity of the rollout's policy; kept for the variants that need its drift."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One edit in latent space."""
+
+    latents: Tensor
+    """[N, 4c] at sigma 0."""
+    steps: tuple[TrainedStep, ...]
+    """The window's steps; empty for a plain ODE sample."""
+
+
+@torch.no_grad()
+def sample(
+    attacker: Attacker, encodings: Sequence[Encoding], start_seeds: Sequence[int], step_seeds: Sequence[int], window: tuple[int, int] | None
+) -> list[Sample]:
+    """One `Sample` for each encoding; call it inside `attacker.player.gathered()`.
+
+    start_seeds: of the start noise; equal seeds give equal noise. step_seeds: each step's noise derives from (step seed, step).
+    window: steps [start, stop) that follow `config.dynamics`; the others, or all when it is None, are ODE steps. A sample does not
+    depend on the others or on `config.rollout_batch`, but for rounding (1e-5 in fp32).
+    """
+    made: list[Sample | None] = [None] * len(encodings)
+    for indices in batches(range(len(encodings)), attacker.config.rollout_batch, lambda i: tuple(encodings[i].shapes)):
+        picked = ([values[i] for i in indices] for values in (encodings, start_seeds, step_seeds))
+        for i, result in zip(indices, _sample_batch(attacker, *picked, window)):
+            made[i] = result
+    return made
+
+
+def _sample_batch(attacker: Attacker, encodings, start_seeds, step_seeds, window) -> list[Sample]:
+    config = attacker.config
+    first, last = window if window and config.dynamics != "ode" else (0, 0)
+    x = start_noise(attacker, encodings[0], start_seeds)  # [B, N, 4c]
+    sigmas = schedule(attacker, x.shape[1])
+    records: list[list[TrainedStep]] = []
+    for k in range(config.num_steps):
+        stochastic = first <= k < last
+        now = velocity(attacker.player.module, encodings, x, [sigmas[k]] * len(x), config.guidance > 1)
+        step = K.flow_step(
+            x,
+            now.v,
+            sigmas[k],
+            sigmas[k + 1],
+            dynamics=config.dynamics if stochastic else "ode",
+            eta=config.eta,
+            sigma_max=sigmas[1],
+            seeds=torch.tensor([seed_of(seed, k) for seed in step_seeds], device=x.device) if stochastic else None,
+            v_uncond=now.v_uncond,
+            guidance=config.guidance,
+            cps_logp=config.cps_logp,
+        )
+        if stochastic:
+            levels = (sigmas[k], sigmas[k + 1], sigmas[1])
+            old = guided(now, config) if config.variant in ("guard", "dppo") else [None] * len(x)
+            records.append([TrainedStep(*tensors, *levels, *rest) for *tensors, rest in zip(x, step.x_next, zip(step.logp, old))])
+        x = step.x_next
+    return [Sample(latents, tuple(steps)) for latents, steps in zip(x, zip(*records) if records else [()] * len(x))]
+
+
+def guided(now: Velocity, config: AttackerConfig) -> Tensor:
+    """[B, N, 4c]: the velocity the step follows (true classifier-free guidance with Qwen-Image's norm rescale)."""
+    return now.v if now.v_uncond is None else K.guided_velocity(now.v, now.v_uncond, config.guidance)
+
+
+def start_noise(attacker: Attacker, encoding: Encoding, seeds: Sequence[int]) -> Tensor:
+    """[B, N, 4c] standard normal noise in the storage dtype; made on the host, so that it is the same on every device."""
+    shape = (encoding.size[0] * encoding.size[1], encoding.reference.shape[-1])
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(attacker.runtime.device, attacker.runtime.dtype)
+
+
+def schedule(attacker: Attacker, num_tokens: int) -> list[float]:
+    """S + 1 noise levels from 1 to 0: the scheduler's own, shifted by mu of the target's token count as in the pipelines."""
+    settings, count = attacker.scheduler.config, attacker.config.num_steps
+    mu = calculate_shift(
+        num_tokens,
+        settings.get("base_image_seq_len", 256),
+        settings.get("max_image_seq_len", 4096),
+        settings.get("base_shift", 0.5),
+        settings.get("max_shift", 1.15),
+    )
+    attacker.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / count, count), mu=mu)
+    return [min(1.0, sigma) for sigma in attacker.scheduler.sigmas.tolist()]  # the shift can round to a hair above 1
+
+
+def draw_window(config: AttackerConfig, *parts: object) -> tuple[int, int]:
+    """The [start, stop) of this optimizer step's stochastic steps, uniform in `window_range`; seeded by `parts`, so alike on all ranks."""
+    low, high = config.window_range
+    start = low + seed_of(*parts, "window") % (high - config.window - low + 1)
+    return start, start + config.window
