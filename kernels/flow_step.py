@@ -20,8 +20,17 @@ from .arguments import FLOATS, compute_dtype, require, require_choice, require_t
 from .dispatch import implementation
 from .fixed_order import fixed_order_sum
 from .flow_dynamics import FlowCoefficients, Scalar, flow_coefficients
-from .guidance import guided_velocity
+from .guidance import check_guidance, guided_velocity_reference
 from .philox import philox_normal
+
+
+class Guidance(NamedTuple):
+    """How v becomes the velocity of the step."""
+
+    v_uncond: Tensor | None
+    """None: no guidance."""
+    scale: float
+    rescale: bool
 
 
 class FlowStep(NamedTuple):
@@ -68,7 +77,7 @@ def flow_step(
     is scored (None: x's). logp is differentiable in v and v_uncond; x is a constant. Raises ValueError on a wrong shape, dtype, choice or
     range, and without noise for a stochastic dynamics.
     """
-    _check(x, v, v_uncond, cps_logp, x_like={"noise": noise})
+    _check(x, v, v_uncond, rescale, cps_logp, x_like={"noise": noise})
     require(noise is None or seeds is None, "noise", "noise and seeds", "one of them")
     still = dynamics == "ode" or (not isinstance(eta, Tensor) and eta == 0) or (not isinstance(sigma_next, Tensor) and sigma_next == 0)
     require(still or noise is not None or seeds is not None, "noise", None, f"noise or seeds for dynamics {dynamics!r}")
@@ -77,8 +86,8 @@ def flow_step(
     storage = x.dtype if storage_dtype is None else storage_dtype
     require(storage in FLOATS, "storage_dtype", storage, f"one of {FLOATS}")
     step = _coefficients(x, sigma, sigma_next, dynamics, eta, sigma_max)
-    velocity = _velocity(v, v_uncond, guidance, rescale)
-    return implementation("flow_step")(x, velocity, step, noise, seeds, dynamics == "cps" and cps_logp == "published", storage)
+    published = dynamics == "cps" and cps_logp == "published"
+    return implementation("flow_step")(x, v, Guidance(v_uncond, guidance, rescale), step, noise, seeds, published, storage)
 
 
 def flow_logp(
@@ -105,17 +114,20 @@ def flow_logp(
     dynamics: as flow_coefficients. kl: "exact" or "flow_grpo". v_uncond, guidance, rescale: as guided_velocity. cps_logp: "published" or
     "gaussian". Where S = 0, logp = kl = 0 with zero gradient. Raises ValueError on a wrong shape, dtype, choice or range.
     """
-    _check(x, v, v_uncond, cps_logp, x_like={"x_next": x_next, "v_ref": v_ref, "v_old": v_old})
+    _check(x, v, v_uncond, rescale, cps_logp, x_like={"x_next": x_next, "v_ref": v_ref, "v_old": v_old})
     require_choice("kl", kl, ("exact", "flow_grpo"))
     step = _coefficients(x, sigma, sigma_next, dynamics, eta, sigma_max)
-    velocity = _velocity(v, v_uncond, guidance, rescale)
     published = dynamics == "cps" and cps_logp == "published"
-    return implementation("flow_logp")(x, velocity, x_next, step, v_ref, v_old, published, kl == "flow_grpo")
+    return implementation("flow_logp")(
+        x, v, Guidance(v_uncond, guidance, rescale), x_next, step, v_ref, v_old, published, kl == "flow_grpo"
+    )
 
 
-def _check(x: Tensor, v: Tensor, v_uncond: Tensor | None, cps_logp: str, x_like: dict[str, Tensor | None]) -> None:
+def _check(x: Tensor, v: Tensor, v_uncond: Tensor | None, rescale: bool, cps_logp: str, x_like: dict[str, Tensor | None]) -> None:
     require(x.dim() >= 2 and x.dtype in FLOATS, "x", f"shape {tuple(x.shape)}, {x.dtype}", "a float tensor [B, ...]")
-    for name, tensor in {"v": v, "v_uncond": v_uncond, **x_like}.items():
+    if v_uncond is not None:
+        check_guidance(v, v_uncond, rescale)
+    for name, tensor in {"v": v, **x_like}.items():
         if tensor is not None:
             require_tensor(name, tensor, x.shape, FLOATS, like=x)
     require_choice("cps_logp", cps_logp, ("published", "gaussian"))
@@ -126,15 +138,17 @@ def _coefficients(x: Tensor, sigma: Scalar, sigma_next: Scalar, dynamics: str, e
     return FlowCoefficients(*(c.to(x.device, non_blocking=True) for c in step))
 
 
-def _velocity(v: Tensor, v_uncond: Tensor | None, guidance: float, rescale: bool) -> Tensor:
-    if v_uncond is None:
-        return v.to(compute_dtype(v))
-    return guided_velocity(v, v_uncond, guidance=guidance, rescale=rescale)
-
-
 def flow_step_reference(
-    x: Tensor, velocity: Tensor, step: FlowCoefficients, noise: Tensor | None, seeds: Tensor | None, published: bool, storage: torch.dtype
+    x: Tensor,
+    v: Tensor,
+    guide: Guidance,
+    step: FlowCoefficients,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    published: bool,
+    storage: torch.dtype,
 ) -> FlowStep:
+    velocity = _velocity(v, guide)
     with torch.no_grad():
         dtype = compute_dtype(x, velocity)
         x_next = _mean(x.to(dtype), velocity.to(dtype), step)
@@ -144,12 +158,13 @@ def flow_step_reference(
             std = _column(step.std, x_next)
             x_next = torch.where(std > 0, x_next + std * noise.to(dtype), x_next)
         x_next = x_next.to(storage)
-    return FlowStep(x_next, flow_logp_reference(x, velocity, x_next, step, None, None, published, False).logp)
+    return FlowStep(x_next, _score(x, velocity, x_next, step, None, None, published, False).logp)
 
 
 def flow_logp_reference(
     x: Tensor,
-    velocity: Tensor,
+    v: Tensor,
+    guide: Guidance,
     x_next: Tensor,
     step: FlowCoefficients,
     v_ref: Tensor | None,
@@ -157,6 +172,16 @@ def flow_logp_reference(
     published: bool,
     flow_grpo_kl: bool,
 ) -> FlowLogProb:
+    return _score(x, _velocity(v, guide), x_next, step, v_ref, v_old, published, flow_grpo_kl)
+
+
+def _velocity(v: Tensor, guide: Guidance) -> Tensor:
+    if guide.v_uncond is None:
+        return v.to(compute_dtype(v))
+    return guided_velocity_reference(v, guide.v_uncond, guide.scale, guide.rescale)
+
+
+def _score(x, velocity, x_next, step: FlowCoefficients, v_ref, v_old, published: bool, flow_grpo_kl: bool) -> FlowLogProb:
     dtype = compute_dtype(x, velocity)
     x, x_next, v_ref, v_old = (None if t is None else t.detach().to(dtype) for t in (x, x_next, v_ref, v_old))
     return FlowLogProb(*_Score.apply(velocity.to(dtype), x, x_next, v_ref, v_old, step, published, flow_grpo_kl))

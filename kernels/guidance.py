@@ -24,10 +24,15 @@ def guided_velocity(v: Tensor, v_uncond: Tensor, *, guidance: float, rescale: bo
     A token whose |u| or |v| is not above the smallest normal fp32 number sends no gradient through that norm. Raises ValueError on a wrong
     shape or dtype.
     """
+    check_guidance(v, v_uncond, rescale)
+    return implementation("guided_velocity")(v, v_uncond, guidance, rescale)
+
+
+def check_guidance(v: Tensor, v_uncond: Tensor, rescale: bool) -> None:
+    """Checks what guided_velocity and the steps have in common."""
     require(v.dim() >= 1 and v.dtype in FLOATS, "v", f"shape {tuple(v.shape)}, {v.dtype}", "a float tensor [B, ...]")
     require(not rescale or v.dim() == 3, "v", f"shape {tuple(v.shape)}", "[B, tokens, channels] for guidance with rescale")
     require_tensor("v_uncond", v_uncond, v.shape, FLOATS, like=v)
-    return implementation("guided_velocity")(v, v_uncond, guidance, rescale)
 
 
 def guided_velocity_reference(v: Tensor, v_uncond: Tensor, guidance: float, rescale: bool) -> Tensor:

@@ -20,6 +20,9 @@ from .fixed_order import fixed_order_sum
 BLOCK_ELEMENTS = 1 << 22
 """Logits handled at a time: 16 MB in fp32, so that temporaries stay small beside the logits whatever N is."""
 
+LOWEST = -1000.0
+"""Where e^z is 0 even in fp64: the bound that keeps 0 * -inf out of the entropy, without changing a bit of it."""
+
 
 class LogProb(NamedTuple):
     """Log-probabilities of the targets, [N] each."""
@@ -39,7 +42,7 @@ class RowStats(NamedTuple):
     entropy: Tensor
     valid: Tensor
     highest: Tensor
-    """m, and 0 for a row of -inf."""
+    """The largest logit, before the temperature; 0 for a row of -inf."""
     log_sum: Tensor
     """ln S."""
 
@@ -86,16 +89,15 @@ def row_stats(logits: Tensor, targets: Tensor, temperature: float) -> RowStats:
 
 
 def _row_stats(logits: Tensor, targets: Tensor, temperature: float) -> RowStats:
-    z = _scaled(logits, temperature)
-    in_range = (targets >= 0) & (targets < z.shape[1])
+    in_range = (targets >= 0) & (targets < logits.shape[1])
     target = torch.where(in_range, targets, 0).long().unsqueeze(1)
-    highest = z.amax(dim=1)
+    highest = logits.amax(dim=1).to(compute_dtype(logits))
     highest = torch.where(highest == -torch.inf, 0, highest)  # -inf - -inf is NaN
-    z = z - highest.unsqueeze(1)
+    z = _centred(logits, highest, temperature)
     weights = torch.exp(z)
     total = fixed_order_sum(weights)
     log_sum = torch.log(total)
-    spread = fixed_order_sum(torch.where(weights > 0, weights * z, 0)) / total  # 0 * -inf is NaN
+    spread = fixed_order_sum(weights * z.clamp(min=LOWEST)) / total
     target_z = z.gather(1, target).squeeze(1)
     valid = in_range & (target_z != -torch.inf)
     logp = torch.where(valid, target_z - log_sum, 0)
@@ -109,29 +111,33 @@ def logit_gradient(
     """dL/dlogits [N, V] in `dtype` from dL/dlogp and dL/dentropy, [N] each or None; zero in rows that are not valid."""
     zeros = torch.zeros_like(stats.logp)
     dlogp = zeros if dlogp is None else torch.where(stats.valid, dlogp, 0)
-    dentropy = zeros if dentropy is None else torch.where(stats.valid, dentropy, 0)
+    with_entropy = dentropy is not None
+    dentropy = torch.where(stats.valid, dentropy, 0) if with_entropy else zeros
     gradient = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     size = _block_rows(logits)
     for out, z, t, *rows in zip(*(x.split(size) for x in (gradient, logits, targets, *stats, dlogp, dentropy))):
-        out.copy_(_logit_gradient(z, t, RowStats(*rows[:5]), rows[5], rows[6], temperature))
+        out.copy_(_logit_gradient(z, t, RowStats(*rows[:5]), rows[5], rows[6] if with_entropy else None, temperature))
     return gradient
 
 
-def _logit_gradient(logits: Tensor, targets: Tensor, stats: RowStats, dlogp: Tensor, dentropy: Tensor, temperature: float) -> Tensor:
-    log_p = _scaled(logits, temperature) - stats.highest.unsqueeze(1) - stats.log_sum.unsqueeze(1)
+def _logit_gradient(logits: Tensor, targets: Tensor, stats: RowStats, dlogp: Tensor, dentropy: Tensor | None, temperature: float) -> Tensor:
+    log_p = _centred(logits, stats.highest, temperature) - stats.log_sum.unsqueeze(1)
     p = torch.exp(log_p)
     gradient = -dlogp.unsqueeze(1) * p
     # 1 - p of the target as -expm1(log p): p rounded before the subtraction loses the whole gradient of a likely token.
     target = torch.where(stats.valid, targets, 0).long().unsqueeze(1)
     gradient.scatter_(1, target, (dlogp * -torch.expm1(stats.logp)).unsqueeze(1))
-    entropy_part = torch.where(p > 0, p * (log_p + stats.entropy.unsqueeze(1)), 0)
-    gradient -= dentropy.unsqueeze(1) * entropy_part
-    live = ((dlogp != 0) | (dentropy != 0)).unsqueeze(1)
-    return torch.where(live, gradient / temperature, 0)
+    live = dlogp != 0
+    if dentropy is not None:
+        gradient -= dentropy.unsqueeze(1) * p * (log_p.clamp(min=LOWEST) + stats.entropy.unsqueeze(1))
+        live |= dentropy != 0
+    # The row of a masked token may be NaN, and 0 times NaN is not 0.
+    return torch.where(live.unsqueeze(1), gradient if temperature == 1.0 else gradient / temperature, 0)
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    z = logits.to(compute_dtype(logits))
+def _centred(logits: Tensor, highest: Tensor, temperature: float) -> Tensor:
+    """z - m. Subtracted before the division: logits of 120 divided by 0.7 first are off by 1e-5."""
+    z = logits.to(highest.dtype) - highest.unsqueeze(1)
     return z if temperature == 1.0 else z / temperature
 
 

@@ -1,0 +1,76 @@
+"""group_advantage against the oracle: exact zero variance, large offsets, non-finite rewards, ragged groups."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import aot_fast.kernels as K
+
+from . import oracle
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.lists(st.lists(st.sampled_from((0.0, 0.2, 0.8, 1.0, -3.5, 1e4, 1e4 + 1, math.nan, math.inf)), max_size=6), max_size=5),
+    std=st.sampled_from(("group", "batch", "none")),
+    ddof=st.sampled_from((0, 1)),
+    eps=st.sampled_from((1e-6, 1e-4)),
+)
+def test_ragged_groups_match_the_oracle(groups, std, ddof, eps):
+    rewards = torch.tensor([r for group in groups for r in group], dtype=torch.float32)
+    sizes = [len(group) for group in groups]
+    out = K.group_advantage(rewards, sizes, eps=eps, std=std, ddof=ddof)
+    values, degenerate = oracle.group_advantage(rewards.tolist(), sizes, eps, std, ddof)
+    assert out.values.dtype == torch.float32 and out.degenerate.tolist() == degenerate
+    # fp64 inside, one rounding to fp32 at the end
+    torch.testing.assert_close(out.values.double(), torch.tensor(values, dtype=torch.float64), rtol=2**-23, atol=1e-12)
+    assert out.num_nonfinite.item() == (~torch.isfinite(rewards)).sum().item()
+
+
+@pytest.mark.parametrize("std", ("group", "batch", "none"))
+def test_equal_rewards_give_exactly_zero_and_are_flagged(std):
+    # 0.8 has no exact mean in fp32: (R - mean) / eps would be a false advantage
+    out = K.group_advantage(torch.tensor([0.8] * 7 + [0.0, 1.0] + [0.3]), torch.tensor([7, 2, 1]), std=std)
+    assert out.degenerate.tolist() == [True, False, True]
+    assert (out.values[:7] == 0).all() and out.values[9] == 0 and (out.values[7:9] != 0).all()
+
+
+def test_a_large_offset_does_not_change_the_advantages():
+    bits = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    assert torch.equal(K.group_advantage(1e4 + bits, [7]).values, K.group_advantage(bits, [7]).values)
+
+
+def test_a_non_finite_reward_leaves_the_statistics():
+    out = K.group_advantage(torch.tensor([0.0, math.nan, 1.0, 2.0, math.inf, -math.inf, 5.0]), [5, 2])
+    assert torch.equal(out.values[[0, 2, 3]], K.group_advantage(torch.tensor([0.0, 1.0, 2.0]), [3]).values)
+    assert (out.values[[1, 4, 5, 6]] == 0).all() and out.degenerate.tolist() == [False, True] and out.num_nonfinite == 3
+
+
+def test_ddof_and_eps_and_the_batch_deviation():
+    rewards = torch.tensor([0.0, 1.0, 0.0, 3.0])
+    assert K.group_advantage(rewards, [2, 2]).values.tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5] * 2, abs=2e-6)
+    assert K.group_advantage(rewards, [2, 2], ddof=0, eps=0.0).values.tolist() == [-1.0, 1.0, -1.0, 1.0]
+    batch = K.group_advantage(rewards, [2, 2], std="batch", ddof=0, eps=1e-4).values
+    assert batch.tolist() == pytest.approx([r / (1.5**0.5 + 1e-4) for r in (-0.5, 0.5, -1.5, 1.5)], rel=1e-6)
+    assert K.group_advantage(rewards, [2, 2], std="none").values.tolist() == [-0.5, 0.5, -1.5, 1.5]
+
+
+def test_no_rewards():
+    assert K.group_advantage(torch.zeros(0), []).values.shape == (0,)
+
+
+def test_errors_name_what_was_given_and_what_was_expected():
+    rewards = torch.zeros(4)
+    cases = (
+        (lambda: K.group_advantage(rewards, [2, 3]), r"group_sizes: given \[2, 3\], expected sizes that add up to 4"),
+        (lambda: K.group_advantage(rewards, [2, 2], std="mean"), "std: given 'mean', expected one of"),
+        (lambda: K.group_advantage(rewards, [2, 2], ddof=2), "ddof: given 2, expected 0 or 1"),
+        (lambda: K.group_advantage(rewards.long(), [4]), "rewards: given torch.int64"),
+        (lambda: K.group_advantage(rewards, torch.tensor([2.0, 2.0])), "group_sizes: given torch.float32"),
+    )
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()

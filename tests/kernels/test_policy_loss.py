@@ -1,0 +1,226 @@
+"""policy_loss against the oracle over its whole grid, masks that hide anything, micro-batches, and metrics."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import aot_fast.kernels as K
+
+from . import oracle
+from .oracle import FP32, error
+
+GRID = list(itertools.product(("ppo", "gspo", "cispo"), ("token", "seq_mean", "seq_sum_norm"), ("k1", "k2", "k3"), (None, 3.0)))
+
+
+def batch(seed=0, lengths=(9, 1, 14, 6, 10)):
+    """Ragged sequences whose ratios reach every branch: inside, both clips, the dual clip, and beyond the clamp of 20."""
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    logp = -3 * torch.rand(n, generator=generator)
+    log_ratio = 0.6 * torch.randn(n, generator=generator)
+    log_ratio[::7] = 1.5
+    log_ratio[3], log_ratio[12] = 25.0, -25.0
+    advantages = torch.randn(n, generator=generator)
+    advantages[::7] = -advantages[::7].abs()
+    advantages[5] = 0.0
+    mask = torch.rand(n, generator=generator) > 0.2
+    mask[9] = False  # the sequence of one token
+    return {
+        "logp": logp,
+        "advantages": advantages,
+        "old_logp": logp - log_ratio,
+        "ref_logp": logp + 0.5 * torch.randn(n, generator=generator),
+        "mask": mask,
+        "seq_ids": torch.repeat_interleave(torch.tensor([3, 4, 7, 8, 20]), torch.tensor(lengths)),
+    }
+
+
+def expected(data, settings, dtype=torch.float64, **more):
+    logp = oracle.leaf(data["logp"])
+    fields = [data[k].to(dtype) for k in ("advantages", "old_logp", "ref_logp")]
+    value, metrics = oracle.policy_loss(logp, *fields, data["mask"].tolist(), data["seq_ids"].tolist(), **settings, **more)
+    (gradient,) = torch.autograd.grad(value, logp)
+    return value, gradient, metrics
+
+
+@pytest.mark.parametrize(("loss", "agg", "kl", "dual_clip"), GRID)
+def test_the_whole_grid_matches_the_oracle(loss, agg, kl, dual_clip):
+    data = batch()
+    settings = {
+        "loss": loss,
+        "agg": agg,
+        "kl": kl,
+        "dual_clip": dual_clip,
+        "beta": 0.3,
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "max_length": 16,
+    }
+    leaf = data["logp"].clone().requires_grad_()
+    out = K.policy_loss(leaf, **{k: v for k, v in data.items() if k != "logp"}, **settings)
+    (gradient,) = torch.autograd.grad(out.loss, leaf)
+    value, exact, metrics = expected(data, settings)
+    assert error(out.loss, value) <= FP32
+    assert error(gradient, exact) <= FP32
+    assert (gradient[~data["mask"]] == 0).all()
+    for name, number in metrics.items():
+        assert out.metrics[name].item() == pytest.approx(number, rel=FP32, abs=FP32), name
+    assert out.metrics["count/masked"] == (~data["mask"]).sum()
+    assert all(m.shape == () and m.dtype == torch.float32 and not m.requires_grad for m in out.metrics.values())
+
+
+def test_the_grid_reaches_every_branch():
+    metrics = expected(
+        batch(), {"loss": "ppo", "agg": "token", "kl": "k3", "dual_clip": 3.0, "beta": 0.0, "clip_low": 0.2, "clip_high": 0.28}
+    )[2]
+    assert all(metrics[name] >= 2 for name in ("count/clip_low", "count/clip_high", "count/clip_dual"))
+
+
+def test_defaults_are_dapo():
+    data = batch()
+    out = K.policy_loss(data["logp"], data["advantages"], old_logp=data["old_logp"], mask=data["mask"])
+    settings = {"loss": "ppo", "agg": "token", "kl": "k3", "dual_clip": 3.0, "beta": 0.0, "clip_low": 0.2, "clip_high": 0.28}
+    assert error(out.loss, expected(data, settings)[0]) <= FP32
+
+
+@pytest.mark.parametrize("loss", ("ppo", "gspo", "cispo"))
+@pytest.mark.parametrize("agg", ("token", "seq_mean", "seq_sum_norm"))
+@pytest.mark.parametrize("rubbish", (math.nan, 300.0, -300.0, math.inf))
+def test_what_lies_under_the_mask_does_not_matter(loss, agg, rubbish):
+    data, clean = batch(), batch()
+    hidden = ~data["mask"]
+    for name in ("logp", "advantages", "old_logp", "ref_logp"):
+        data[name] = torch.where(hidden, rubbish, data[name])
+    results = []
+    for d in (data, clean):
+        leaf = d["logp"].clone().requires_grad_()
+        entropy = torch.where(hidden, rubbish, 1.0) if d is data else torch.ones(len(leaf))
+        entropy.requires_grad_()
+        fields = {k: v for k, v in d.items() if k != "logp"}
+        out = K.policy_loss(leaf, **fields, loss=loss, agg=agg, beta=0.2, max_length=16, entropy=entropy, entropy_coef=0.1)
+        results.append((out.loss, *torch.autograd.grad(out.loss, (leaf, entropy)), *out.metrics.values()))
+    for dirty, tidy in zip(*results):
+        assert torch.equal(dirty, tidy)
+    assert (results[0][1][hidden] == 0).all() and (results[0][2][hidden] == 0).all()
+
+
+@pytest.mark.parametrize("num_rows", (0, 5))
+def test_nothing_unmasked_gives_a_zero_that_is_attached(num_rows):
+    leaf = torch.randn(num_rows, requires_grad=True)
+    mask = torch.zeros(num_rows, dtype=torch.bool)
+    for agg in ("token", "seq_mean", "seq_sum_norm"):
+        ids = torch.zeros(num_rows, dtype=torch.int64)
+        out = K.policy_loss(leaf, torch.randn(num_rows), mask=mask, seq_ids=ids, agg=agg, max_length=4, num_tokens=None)
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        assert out.loss == 0 and (gradient == 0).all()
+        assert all(torch.isfinite(m) for m in out.metrics.values())
+
+
+def test_without_old_logp_the_ratio_is_one_and_the_gradient_is_that_of_the_policy():
+    data = batch()
+    leaf = data["logp"].clone().requires_grad_()
+    out = K.policy_loss(leaf, data["advantages"], mask=data["mask"])
+    out.loss.backward()
+    assert out.metrics["max/ratio_deviation"] == 0 and out.metrics["sum/ratio"] == data["mask"].sum()
+    torch.testing.assert_close(leaf.grad, torch.where(data["mask"], -data["advantages"] / data["mask"].sum(), 0))
+
+
+def test_invalid_tokens_count_as_masked_and_zero_coefficients_are_counted():
+    data = batch()
+    valid = torch.ones(40, dtype=torch.bool)
+    first = int(data["mask"].nonzero()[0])
+    valid[first] = False
+    leaf = data["logp"].clone().requires_grad_()
+    out = K.policy_loss(leaf, data["advantages"], old_logp=data["old_logp"], mask=data["mask"], valid=valid)
+    out.loss.backward()
+    assert out.metrics["count/invalid"] == 1 and out.metrics["count/tokens"] == data["mask"].sum() - 1 and leaf.grad[first] == 0
+    assert out.metrics["count/zero_coefficient"] == (data["mask"] & valid & (leaf.grad == 0)).sum() > 3
+
+
+def test_the_upstream_scalar_scales_and_the_graph_can_be_kept():
+    data = batch()
+    leaf = data["logp"].clone().requires_grad_()
+    out = K.policy_loss(leaf, data["advantages"], old_logp=data["old_logp"])
+    (once,) = torch.autograd.grad(out.loss, leaf, retain_graph=True)
+    (scaled,) = torch.autograd.grad(out.loss * -4.0, leaf, retain_graph=True)
+    (again,) = torch.autograd.grad(out.loss, leaf)
+    assert torch.equal(scaled, -4 * once) and torch.equal(once, again)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=7),
+    cut=st.integers(1, 6),
+    loss=st.sampled_from(("ppo", "gspo", "cispo")),
+    agg=st.sampled_from(("token", "seq_mean", "seq_sum_norm")),
+    keep=st.integers(0, 2**40),
+)
+def test_micro_batches_of_unequal_length_equal_one_batch(lengths, cut, loss, agg, keep):
+    """The same holds for ranks: a rank is a micro-batch whose sum is taken by an all-reduce."""
+    generator = torch.Generator().manual_seed(keep)
+    n = sum(lengths)
+    logp = torch.randn(n, generator=generator).requires_grad_()
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    fields = {
+        "advantages": torch.randn(n, generator=generator),
+        "old_logp": logp.detach() + 0.3 * torch.randn(n, generator=generator),
+        "ref_logp": torch.randn(n, generator=generator),
+        "mask": torch.tensor([(keep >> (i % 40)) & 1 == 1 for i in range(n)]),
+        "seq_ids": ids,
+    }
+    options = {"loss": loss, "agg": agg, "beta": 0.1, "max_length": 9}
+    options["num_tokens"] = fields["mask"].sum().clamp(min=1)
+    options["num_sequences"] = float(max(1, len(ids[fields["mask"]].unique())))
+    whole = K.policy_loss(logp, **fields, **options)
+    border = sum(lengths[: min(cut, len(lengths) - 1)])
+    parts = [K.policy_loss(logp[s], **{k: v[s] for k, v in fields.items()}, **options) for s in (slice(None, border), slice(border, None))]
+    total = parts[0].loss + parts[1].loss
+    assert error(total, whole.loss) <= FP32 or abs(total - whole.loss) < 1e-6
+    (a,), (b,) = torch.autograd.grad(total, logp), torch.autograd.grad(whole.loss, logp)
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    combined = K.combine_metrics([p.metrics for p in parts])
+    for name, value in whole.metrics.items():
+        torch.testing.assert_close(combined[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    # Without the global number the local one is used.
+    local = {k: v for k, v in options.items() if not k.startswith("num_")}
+    assert error(K.policy_loss(logp, **fields, **local).loss, whole.loss) <= FP32 or abs(whole.loss) < 1e-6
+
+
+def test_half_precision_logp_is_computed_in_fp32():
+    data = batch()
+    leaf = data["logp"].bfloat16().requires_grad_()
+    out = K.policy_loss(leaf, data["advantages"], old_logp=data["old_logp"])
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16
+
+
+def test_metrics_of_an_unknown_kind_are_refused():
+    with pytest.raises(ValueError, match="mean/x"):
+        K.combine_metrics([{"mean/x": torch.zeros(())}])
+
+
+def test_errors_name_what_was_given_and_what_was_expected():
+    x, ids = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
+    cases = (
+        ({"loss": "reinforce"}, "loss: given 'reinforce', expected one of"),
+        ({"agg": "mean"}, "agg: given 'mean'"),
+        ({"kl": "k4"}, "kl: given 'k4'"),
+        ({"beta": 0.1}, r"ref_logp: given None, expected \[N\] because beta is 0.1"),
+        ({"beta": -0.1}, "beta: given -0.1, expected at least 0"),
+        ({"loss": "gspo"}, r"seq_ids: given None, expected \[N\] because loss is 'gspo'"),
+        ({"agg": "seq_mean"}, "seq_ids: given None"),
+        ({"agg": "seq_sum_norm", "seq_ids": ids}, "max_length: given None"),
+        ({"dual_clip": 0.5}, "dual_clip: given 0.5, expected more than 1, or None"),
+        ({"clip_low": -0.1}, "clip_low: given -0.1"),
+        ({"clip_high": -0.1}, "clip_high: given -0.1"),
+        ({"mask": x}, r"mask: given torch.float32, expected one of \['bool'\]"),
+        ({"old_logp": x[:3]}, r"old_logp: given shape \(3,\), expected shape \(4,\)"),
+        ({"entropy_coef": 0.1}, r"entropy: given None, expected \[N\] because entropy_coef is 0.1"),
+    )
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            K.policy_loss(x, x, **options)
