@@ -15,16 +15,18 @@ from pathlib import Path
 import torch
 
 import aot_fast.kernels as K
+from aot_fast.attacker.judge import Judge, load_judge
 from aot_fast.attacker.model import Attacker, load_attacker
 from aot_fast.checkpoint import Cursor, find_newest, save_pair
 from aot_fast.config import Config
 from aot_fast.data.sets import open_data
+from aot_fast.defender.answers import answerer
 from aot_fast.defender.groups import Stream
 from aot_fast.defender.model import Defender, load_defender, load_frozen
 from aot_fast.engine import Runtime, seed_of
-from aot_fast.metrics import Spans, Tracker
+from aot_fast.metrics import Spans, Tracker, atomic_write_text
 from aot_fast.models import model_folder
-from aot_fast.run_folder import StopFlag
+from aot_fast.run_folder import FINISHED, StopFlag
 
 
 class Stopped(RuntimeError):
@@ -169,6 +171,20 @@ class Game:
         self.spans.restore(state["seconds"])
         self.tracker.cut_back(state["metrics_rows"])
         self.tracker.say(f"continuing {self.folder} at {path.name}")
+
+    def finish(self) -> None:
+        """Mark the run as played to its end."""
+        self.save()
+        if self.runtime.rank == 0:
+            atomic_write_text(self.folder / FINISHED, "")
+        self.runtime.barrier()
+
+
+def judge_of(game: Game) -> Judge | None:
+    """The uniqueness judge; by default the frozen first Defender, which no Attacker is trained against later."""
+    if game.config.reward.judge != "defender":
+        return load_judge(game.config.reward, answerer(game.defender))
+    return load_judge(game.config.reward, answerer(game.frozen_defender(0)))
 
 
 @contextmanager

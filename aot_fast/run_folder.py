@@ -11,6 +11,8 @@ from aot_fast.config import Config
 from aot_fast.metrics import atomic_write_text, write_json
 from aot_fast.settings import SettingsError, differences, load, to_yaml
 
+FINISHED = "FINISHED"
+"""Marks a folder whose run was played to its end."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -32,7 +34,7 @@ def open_folder(config: Config, fresh: bool) -> tuple[Path, bool]:
             raise SettingsError(
                 f"{folder} holds a run with other settings; give another --run.name, or --fresh to move it aside:\n  {lines}"
             )
-        return folder, (folder / "summary.json").is_file() and (folder / "FINISHED").is_file()
+        return folder, (folder / FINISHED).is_file()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(saved, to_yaml(config))

@@ -1,0 +1,124 @@
+"""The game (the paper's algorithm box): Attacker n learns to fool Defender n-1; Defender n learns from Attacker n's edits; repeat.
+
+`play` is the whole of it. A phase moves `game.cursor` through `game.advance` and may be left and continued after any step.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from aot_fast.attacker import flow_grpo
+from aot_fast.attacker.model import export_attacker
+from aot_fast.config import Config
+from aot_fast.curation import attackable, curate, read_curated
+from aot_fast.data.sets import Pictures
+from aot_fast.defender import dapo
+from aot_fast.defender.answers import answerer
+from aot_fast.defender.groups import collect
+from aot_fast.defender.model import export_defender
+from aot_fast.engine import TooManyBadSteps, close_runtime, open_runtime
+from aot_fast.evaluation.heldout import evaluate
+from aot_fast.game import Game, Stopped, backend, judge_of
+from aot_fast.run_folder import open_folder, write_exit
+
+EXIT_SIGNAL, EXIT_BAD_STEPS = 143, 70
+
+
+def play(game: Game) -> None:
+    """Warm the Defender up, then rounds of: train the Attacker, let it write a curated set, train the Defender on it, evaluate."""
+    for cursor in game.phases():
+        with game.spans(cursor.phase):
+            match cursor.phase:
+                case "warmup":
+                    train_defender(game, game.train.examples())
+                case "attack":
+                    train_attacker(game, attackable(game))
+                case "curate":
+                    curate(game)
+                case "defend":
+                    train_defender(game, read_curated(game))
+                case "evaluate":
+                    export_players(game)
+                    evaluate(game)
+
+
+def train_attacker(game: Game, questions: Pictures) -> None:
+    """Flow-GRPO against the frozen Defender, on questions that it answers rightly on the clean picture and its round trip."""
+    config, attacker, defender = game.config, game.attacker, game.defender
+    defender.player.offload()
+    while game.cursor.step < config.game.attacker_steps:
+        drawn = game.stream.draw(config.attacker.prompts_per_step, len(questions))
+        examples = [questions[index] for _, index in drawn]
+        place = {"seed": config.run.seed, "round": game.cursor.round, "step": game.cursor.step}
+        with game.spans("attack/rollout"), defender.whole():
+            scored = flow_grpo.collect(attacker, examples, config.reward, answerer(defender), judge_of(game), **place)
+        with game.spans("attack/update"):
+            metrics = flow_grpo.update(attacker, scored)
+        game.advance([metrics])
+    defender.player.reload()
+
+
+def train_defender(game: Game, examples: Pictures) -> None:
+    """DAPO on the pictures of this phase."""
+    config, defender = game.config, game.defender
+    steps, size = game.steps()[game.cursor.phase], config.defender.prompts_per_step
+    reference = game.frozen_defender(0) if config.defender.beta and not config.defender.lora.rank else None
+    game.attacker.player.offload()
+    while game.cursor.step < steps:
+        with game.spans(f"{game.cursor.phase}/rollout"):
+            collected = collect(defender, examples, game.stream, game.stopping)
+        game.check_stop()  # a rollout that was cut short is not trained on: it is drawn again when the run continues
+        rows = []
+        for first in range(0, config.defender.steps_per_rollout * size, size):
+            if game.cursor.step + len(rows) < steps:
+                with game.spans(f"{game.cursor.phase}/update"):
+                    rows.append(collected.metrics | dapo.update(defender, examples, collected.groups[first : first + size], reference))
+        game.advance(rows)
+    game.attacker.player.reload()
+
+
+def export_players(game: Game) -> None:
+    """Write both players of this round as plain transformers, diffusers or peft folders below `players/`."""
+    players, round = game.folder / "players", game.cursor.round
+    if round or game.config.game.warmup_steps:
+        export_defender(game.defender, players / f"defender_{round}")
+    if round and game.config.game.arm == "coevolution":
+        export_attacker(game.attacker, players / f"attacker_{round}")
+
+
+def launch(config: Config, fresh: bool = False) -> int:
+    """Play or continue the run of `config` on this process; returns its exit code, which also stands in `exit.json`."""
+    runtime = open_runtime(config.engine, config.run)
+    folder, finished = runtime.broadcast(open_folder(config, fresh) if runtime.rank == 0 else None)
+    if finished:
+        if runtime.rank == 0:
+            print(f"{folder} is finished; its report is {folder}/report.html (use --fresh to play again)")
+        return 0
+    code, reason = 0, "finished"
+    try:
+        with backend(config):
+            game = Game(config, runtime, folder)
+            try:
+                play(game)
+                game.finish()
+            except Stopped as stop:
+                game.save()
+                code, reason = (EXIT_SIGNAL if game.stop.signal else 0), f"stopped: {stop}; the same command continues"
+            finally:
+                game.tracker.close()
+    except TooManyBadSteps as error:
+        code, reason = EXIT_BAD_STEPS, str(error)
+    except ValueError as error:  # the user's data or models
+        code, reason = 1, str(error)
+    except BaseException:
+        traceback.print_exc()
+        write_exit(folder, runtime.rank, 1, traceback.format_exc(limit=-1))
+        raise
+    if runtime.rank == 0:
+        print(f"aot-fast: {reason}", file=sys.stderr if code else sys.stdout, flush=True)
+        if not code and reason == "finished":
+            print(f"report: {folder}/report.html")
+    write_exit(folder, runtime.rank, code, reason)
+    close_runtime()
+    return code

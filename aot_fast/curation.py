@@ -1,0 +1,160 @@
+"""From the frozen Attacker's edits to what the Defender trains on: the questions that can be attacked, and the curated set.
+
+Everything a person would want to look at is written to `curated/round_NNN/`: images/, edits.jsonl (a verdict a line) and set.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from aot_fast.attacker.encoding import roundtrip
+from aot_fast.attacker.reward import score, solvable
+from aot_fast.attacker.rollout import rollout
+from aot_fast.data.schema import Example, Verdict
+from aot_fast.data.sets import Picture, Pictures
+from aot_fast.defender.answers import answerer
+from aot_fast.evaluation.tables import safe_name
+from aot_fast.game import Game, judge_of
+from aot_fast.metrics import atomic_write_text
+
+CHUNK = 64
+"""Questions looked at between two collectives, on all ranks together: pictures of one chunk are in memory at a time."""
+
+
+def folder_of(game: Game, round: int) -> Path:
+    return game.folder / "curated" / f"round_{round:03d}"
+
+
+def attackable(game: Game) -> Pictures:
+    """Training questions that the frozen Defender answers rightly on the clean picture and on its round trip (MATH.md section 4).
+
+    As many as this round's attack and curation need, in an order drawn for the round; kept in `attackable.json`. A collective.
+    Raises ValueError when there is none.
+    """
+    config, examples = game.config, game.train.examples()
+    path = folder_of(game, game.cursor.round) / "attackable.json"
+    wanted = max(config.curation.num_questions, config.game.attacker_steps * config.attacker.prompts_per_step)
+    if not game.runtime.broadcast(path.is_file()):
+        order = list(range(len(examples)))
+        random.Random(game.seed("attackable")).shuffle(order)
+        found: list[int] = []
+        while order and len(found) < wanted:
+            chunk, order = order[:CHUNK], order[CHUNK:]
+            found += _solvable_of(game, examples, chunk)
+        if game.runtime.rank == 0:
+            atomic_write_text(path, json.dumps(found))
+    game.runtime.barrier()
+    numbers = json.loads(path.read_text())
+    if not numbers:
+        raise ValueError(
+            f"round {game.cursor.round}: the Defender answers none of {len(examples)} training questions rightly on both the clean picture "
+            f"and its round trip through the Attacker's VAE ({config.reward.solvable_trials} trials each, reward.solvable_trials): there is "
+            "nothing to attack; use easier questions, or a VAE or attacker.target_pixels that keeps the picture"
+        )
+    return Pictures([examples.rows[i] for i in numbers], game.train)
+
+
+def _solvable_of(game: Game, examples: Pictures, chunk: list[int]) -> list[int]:
+    """The solvable ones of `chunk`, in its order, on every rank."""
+    mine = [chunk[i] for i in game.runtime.mine(len(chunk))]
+    pictures = [examples[i] for i in mine]
+    coded = roundtrip(game.attacker, [example.image for example in pictures])
+    with game.defender.whole():
+        right = solvable(pictures, coded, game.config.reward, answerer(game.defender), game.seed("solvable"))
+    kept = {i for part in game.runtime.gather([i for i, good in zip(mine, right) if good]) for i in part}
+    return [i for i in chunk if i in kept]
+
+
+def curate(game: Game) -> None:
+    """Write this round's training set of the Defender, by the arm that is played (MATH.md section 5). A collective."""
+    makers = {"coevolution": _edits, "random_edit": _edits, "roundtrip": _roundtrips, "clean": lambda game: []}
+    made = makers[game.config.game.arm](game)
+    if game.runtime.rank == 0:
+        rows = _mix(game, made)
+        Pictures(rows, game.train).save(folder_of(game, game.cursor.round) / "set.jsonl")
+        shares = {source: sum(row.source == source for row in rows) for source in ("clean", "roundtrip", "edit")}
+        game.tracker.say(f"r{game.cursor.round} curate | " + " ".join(f"{source} {count}" for source, count in shares.items()))
+    game.runtime.barrier()
+
+
+def read_curated(game: Game) -> Pictures:
+    """This round's curated set."""
+    return Pictures.read(folder_of(game, game.cursor.round) / "set.jsonl", game.train)
+
+
+def _edits(game: Game) -> list[Picture]:
+    """Edit and check: the frozen Attacker edits attackable questions; rows of those the verdicts accept (all ranks' on rank 0)."""
+    config, folder = game.config.curation, folder_of(game, game.cursor.round)
+    questions = attackable(game)[: config.num_questions]
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records: list[dict] = []
+    for start in range(0, len(questions), CHUNK):
+        chunk = [questions[i] for i in range(start, min(start + CHUNK, len(questions)))]
+        own = _edit_and_check(game, chunk, folder)
+        records += [record for part in game.runtime.gather(own) for record in part]
+    records.sort(key=lambda record: record["image"])  # the same file whatever the number of ranks
+    if game.runtime.rank == 0:
+        atomic_write_text(folder / "edits.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    taken = _choose([record for record in records if record["accepted"]], config.hard_share, game.seed("choose"))
+    return [Picture(r["question_id"], "edit", r["attacker_round"], str(folder / r["image"])) for r in taken]
+
+
+def _edit_and_check(game: Game, chunk: Sequence[Example], folder: Path) -> list[dict]:
+    """This rank's edits of the chunk, saved, with their verdicts."""
+    config = game.config
+    place = {"seed": game.seed("curate"), "round": game.cursor.round, "step": 0}
+    groups = rollout(game.attacker, chunk, **place, group_size=config.curation.edits_per_question, train=False)
+    edits = [edit for group in groups for edit in group.edits]
+    with game.defender.whole():
+        verdicts = score(edits, config.reward, answerer(game.defender), judge_of(game))
+    records, numbers = [], {}
+    for edit, verdict in zip(edits, verdicts):
+        k = numbers[verdict.question_id] = numbers.get(verdict.question_id, -1) + 1
+        name = f"images/{safe_name(verdict.question_id)}_{k}.png"
+        edit.image.save(folder / name)
+        records.append(as_record(verdict) | {"image": name})
+    return records
+
+
+def as_record(verdict: Verdict) -> dict:
+    """A verdict as JSON can hold it: NaN becomes None."""
+    return json.loads(json.dumps(asdict(verdict) | {"q": verdict.q}).replace("NaN", "null"))
+
+
+def _choose(accepted: list[dict], hard_share: float, seed: int) -> list[dict]:
+    """All accepted edits, with those that fooled every trial (e = 1) cut to `hard_share` of the result, for the curriculum."""
+    hard, rest = [r for r in accepted if r["efficacy"] >= 1], [r for r in accepted if r["efficacy"] < 1]
+    limit = len(hard) if hard_share >= 1 or not rest else round(len(rest) * hard_share / (1 - hard_share))
+    random.Random(seed).shuffle(hard)
+    return rest + hard[: max(limit, 1)]
+
+
+def _roundtrips(game: Game) -> list[Picture]:
+    """The control without edits: the same questions, through the Attacker's codec only."""
+    folder, questions = folder_of(game, game.cursor.round), attackable(game)[: game.config.curation.num_questions]
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for i in game.runtime.mine(len(questions)):
+        name = folder / "images" / f"{safe_name(questions.rows[i].question_id)}_0.png"
+        roundtrip(game.attacker, [questions[i].image])[0].save(name)
+    paths = [folder / "images" / f"{safe_name(row.question_id)}_0.png" for row in questions.rows]
+    return [Picture(row.question_id, "roundtrip", -1, str(path)) for row, path in zip(questions.rows, paths)]
+
+
+def _mix(game: Game, made: list[Picture]) -> list[Picture]:
+    """`made` with the configured shares of clean pictures and of earlier rounds' edits; all clean when nothing was made."""
+    config, chance = game.config.curation, random.Random(game.seed("mix"))
+    clean = game.train.examples().rows
+    if not made:
+        if game.config.game.arm != "clean":
+            game.tracker.say(f"warning: round {game.cursor.round} has no accepted edit; the Defender trains on clean pictures")
+        return chance.sample(clean, min(len(clean), config.num_questions))
+    earlier = []
+    for round in range(1, game.cursor.round):
+        earlier += [row for row in Pictures.read(folder_of(game, round) / "set.jsonl", game.train).rows if row.attacker_round == round]
+    total = len(made) / max(1e-9, 1 - config.clean_share - config.replay_share)
+    rows = made + chance.sample(clean, min(len(clean), int(total * config.clean_share)))
+    return rows + chance.sample(earlier, min(len(earlier), int(total * config.replay_share)))

@@ -1,0 +1,99 @@
+"""The held-out evaluation after a round (MATH.md section 5): every Defender so far on every Attacker so far, each cell once.
+
+Edits are stored as pictures, so an earlier Attacker never has to be loaded again, and a person can look at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from aot_fast.attacker.encoding import roundtrip
+from aot_fast.attacker.integrity import integrity
+from aot_fast.attacker.rollout import rollout
+from aot_fast.data.schema import Example
+from aot_fast.data.sets import Picture, Pictures
+from aot_fast.defender.answers import answerer
+from aot_fast.defender.model import Defender
+from aot_fast.evaluation.summary import summarise
+from aot_fast.evaluation.tables import Edit, Prediction, edits_path, image_path, predictions_path, write_table
+from aot_fast.game import Game
+
+CHUNK = 64
+"""Questions between two collectives, on all ranks together."""
+
+
+def evaluate(game: Game) -> None:
+    """Fill the cells of this round that are not there yet, then write `summary.json` and `report.html`. A collective."""
+    round = game.cursor.round
+    clean = game.heldout.examples()[: game.config.evaluation.num_questions or None]
+    sources = {"clean": clean, "roundtrip": stored(game, clean, "roundtrip")}
+    attacked = clean[: game.config.evaluation.num_attacked or None]
+    last_attacker = round if game.config.game.arm == "coevolution" else 0
+    for i in range(last_attacker + 1):
+        sources[f"attacker_{i}"] = stored(game, attacked, f"attacker_{i}")
+    for j in range(round + 1):
+        missing = [on for on in sources if not game.runtime.broadcast(predictions_path(game.folder, j, on).is_file())]
+        if missing:
+            defender = game.defender if j == round else game.frozen_defender(j)
+            for on in missing:
+                predict(game, defender, j, on, sources[on])
+    if game.runtime.rank == 0:
+        from aot_fast.report import build_report  # matplotlib, on the rank that draws
+
+        summarise(game.folder, game.config, game.spans.totals())
+        build_report(game.folder)
+    game.runtime.barrier()
+
+
+def stored(game: Game, clean: Pictures, on: str) -> Pictures:
+    """The pictures of `on` (roundtrip | attacker_{i}) for the clean ones, made by this round's Attacker if they are not there."""
+    attacker_round = -1 if on == "roundtrip" else int(on.removeprefix("attacker_"))
+    if not game.runtime.broadcast(edits_path(game.folder, on).is_file()):
+        for name in ("clean", on):
+            image_path(game.folder, name, "x").parent.mkdir(parents=True, exist_ok=True)
+        rows: list[Edit] = []
+        for start in range(0, len(clean), CHUNK):
+            chunk = [clean[i] for i in range(start, min(start + CHUNK, len(clean)))]
+            rows += [row for part in game.runtime.gather(_make(game, chunk, on, attacker_round)) for row in part]
+        if game.runtime.rank == 0:
+            write_table(edits_path(game.folder, on), sorted(rows, key=lambda row: row.question_id))
+        game.runtime.barrier()
+    source = "roundtrip" if on == "roundtrip" else "edit"
+    paths = [image_path(game.folder, on, row.question_id) for row in clean.rows]
+    return Pictures([Picture(r.question_id, source, attacker_round, str(p)) for r, p in zip(clean.rows, paths)], clean.split)
+
+
+def _make(game: Game, chunk: Sequence[Example], on: str, attacker_round: int) -> list[Edit]:
+    """Pictures of this rank's share of the chunk, saved, with their integrity."""
+    own = [chunk[i] for i in game.runtime.mine(len(chunk))]
+    if on == "roundtrip":
+        pictures = roundtrip(game.attacker, [example.image for example in own])
+    else:
+        place = {"seed": game.config.run.seed, "round": attacker_round, "step": -1}
+        groups = rollout(game.attacker, chunk, **place, group_size=1, train=False)
+        pictures = [group.edits[0].image for group in groups]
+    rows = []
+    for example, picture in zip(own, pictures):
+        path = image_path(game.folder, on, example.question.id)
+        picture.save(path)
+        example.image.resize(picture.size).save(image_path(game.folder, "clean", example.question.id))
+        boxes = integrity(example.image, picture, example.question.target_boxes, game.config.reward.pad)
+        rows.append(Edit(example.question.id, min(boxes), boxes, str(path.relative_to(Path(game.folder) / "evaluation"))))
+    return rows
+
+
+def predict(game: Game, defender: Defender, number: int, on: str, pictures: Pictures) -> None:
+    """Greedy answers of Defender `number` to all pictures, written as one table. A collective."""
+    answer, rows = answerer(defender), []
+    with defender.whole():
+        for start in range(0, len(pictures), CHUNK * game.runtime.world):
+            chunk = range(start, min(start + CHUNK * game.runtime.world, len(pictures)))
+            own = [pictures[chunk[i]] for i in game.runtime.mine(len(chunk))]
+            for example, (given,) in zip(own, answer(own, 1, 0.0, [0] * len(own))):
+                question = example.question
+                rows.append(Prediction(question.id, on, given.text, given.parsed, given.correct, question.answer, question.kind))
+    everyone = [row for part in game.runtime.gather(rows) for row in part]
+    if game.runtime.rank == 0:
+        write_table(predictions_path(game.folder, number, on), sorted(everyone, key=lambda row: row.question_id))
+    game.runtime.barrier()

@@ -1,0 +1,62 @@
+"""Settings: files, overrides, and errors that name field, value, rule and fix."""
+
+import pytest
+
+from aot_fast.settings import CONFIGS, SettingsError, config_hash, differences, load, to_yaml
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_configuration_loads_and_is_named_after_its_file(name):
+    assert load(name).run.name == name
+
+
+def test_overrides_of_both_spellings():
+    config = load("tiny", ["--defender.optimizer.lr", "1e-5", "--attacker.window_range=[0,3]", "--defender.dual_clip", "null"])
+    assert config.defender.optimizer.lr == 1e-5
+    assert config.attacker.window_range == (0, 3) and config.defender.dual_clip is None
+
+
+def test_saved_configuration_is_read_back_unchanged(tmp_path):
+    config = load("tiny", ["--run.seed", "3"])
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    assert load(str(tmp_path / "saved.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (["--defender.grop_size", "3"], ["defender.grop_size", "3", "did you mean 'defender.group_size'"]),
+        (["--defender.lr", "3"], ["did you mean 'defender.optimizer.lr'"]),
+        (["--defendr.microbatch", "3"], ["did you mean"]),
+        (["--defender.group_size", "many"], ["defender.group_size", "int", "many"]),
+        (["--game.arm", "both"], ["game.arm", "coevolution", "both"]),
+        (["--defender", "3"], ["defender", "section"]),
+        (["--defender.lora", "null"], ["defender.lora", "section"]),
+        (["--defender.lora.rank"], ["defender.lora.rank", "value is missing"]),
+        (["tiny"], ["--section.field"]),
+        (["--attacker.window", "9"], ["attacker.window", "9", "window_range"]),
+        (["--attacker.window_range", "[0,10]"], ["attacker.window_range", "last step"]),
+        (["--attacker.beta", "0.1", "--attacker.lora.rank", "0"], ["attacker.beta", "lora.rank"]),
+        (["--reward.q_low", "0.9"], ["reward.q_low", "q_high"]),
+        (["--defender.microbatch", "0"], ["defender.microbatch", "positive"]),
+        (["--curation.clean_share", "1.5"], ["curation.clean_share", "[0, 1]"]),
+        (["--run.name", "../elsewhere"], ["run.name", "folder name"]),
+        (["--data.train", "questions.csv"], ["data.train", ".jsonl"]),
+    ],
+)
+def test_wrong_settings_are_named_with_rule_and_fix(override, says):
+    with pytest.raises(SettingsError) as error:
+        load("tiny", override)
+    for part in says:
+        assert part in str(error.value)
+
+
+def test_unknown_configuration_names_the_nearest():
+    with pytest.raises(SettingsError, match="did you mean 'tiny'"):
+        load("tinny")
+
+
+def test_hash_and_differences_leave_out_what_does_not_change_the_run():
+    a, b, c = load("tiny"), load("tiny", ["--run.stop_after", "3", "--metrics.every", "5"]), load("tiny", ["--attacker.eta", "0.5"])
+    assert config_hash(a) == config_hash(b) != config_hash(c)
+    assert differences(a, b) == [] and differences(a, c) == ["attacker.eta: 1.0 -> 0.5"]
