@@ -14,7 +14,7 @@ from .oracle import FP32, error
 # name, sigma, sigma_next, eta, sigma_max: the first step (sigma 1), a middle one, a late one; every dynamics
 STEPS = (
     ("flow_sde", 1.0, 0.9, 1.0, 0.95),
-    ("flow_sde", 0.7, 0.6, 0.7, None),
+    ("flow_sde", 0.7, 0.6, 0.7, 0.95),  # sigma_max is for sigma = 1 only
     ("flow_sde", 0.2, 0.05, 1.0, None),
     ("dance", 1.0, 0.9, 0.3, None),
     ("dance", 0.5, 0.3, 0.3, None),

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aot_fast.kernels as K
+from aot_fast.kernels.metrics import masked_max
 
 from . import oracle
 from .oracle import FP32, error
@@ -85,6 +86,26 @@ def test_defaults_are_dapo():
     out = K.policy_loss(data["logp"], data["advantages"], old_logp=data["old_logp"], mask=data["mask"])
     settings = {"loss": "ppo", "agg": "token", "kl": "k3", "dual_clip": 3.0, "beta": 0.0, "clip_low": 0.2, "clip_high": 0.28}
     assert error(out.loss, expected(data, settings)[0]) <= FP32
+
+
+@pytest.mark.parametrize("loss", ("ppo", "gspo"))
+@pytest.mark.parametrize("kl", ("k1", "k2", "k3"))
+@pytest.mark.parametrize("shift", (-30.0, -19.0, 2.0, 19.0, 30.0))  # beyond the clamp of 20, inside it, beyond the dual clip
+@pytest.mark.parametrize("sign", (-1.0, 1.0))
+def test_far_ratios_are_clamped_and_gspo_has_no_dual_clip(loss, kl, shift, sign):
+    logp = torch.tensor([-35.0, -36.0], requires_grad=True)
+    data = {
+        "logp": logp.detach(),
+        "advantages": torch.full((2,), sign),
+        "old_logp": logp.detach() - shift,
+        "ref_logp": logp.detach() - shift,
+        "mask": torch.ones(2, dtype=torch.bool),
+        "seq_ids": torch.zeros(2, dtype=torch.int64),
+    }
+    settings = {"loss": loss, "agg": "token", "kl": kl, "dual_clip": 3.0, "beta": 0.3, "clip_low": 0.2, "clip_high": 0.28}
+    out = K.policy_loss(logp, **{k: v for k, v in data.items() if k != "logp"}, **settings)
+    value, exact, _ = expected(data, settings)
+    assert error(out.loss, value) <= FP32 and error(torch.autograd.grad(out.loss, logp)[0], exact) <= FP32
 
 
 @pytest.mark.parametrize("loss", ("ppo", "gspo", "cispo"))
@@ -196,6 +217,11 @@ def test_half_precision_logp_is_computed_in_fp32():
     out = K.policy_loss(leaf, data["advantages"], old_logp=data["old_logp"])
     out.loss.backward()
     assert out.loss.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16
+
+
+def test_a_maximum_leaves_masked_values_out():
+    values, mask = torch.tensor([1.0, math.nan, 7.0]), torch.tensor([True, False, False])
+    assert masked_max(values, mask) == 1 and masked_max(values, ~mask & mask) == 0
 
 
 def test_metrics_of_an_unknown_kind_are_refused():
