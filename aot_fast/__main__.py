@@ -57,6 +57,9 @@ def main(words: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"aot-fast: {error}", file=sys.stderr)
         return EXIT_SETTINGS
+    except ValueError as error:  # the user's data or models: said without a traceback
+        print(f"aot-fast: {error}", file=sys.stderr)
+        return 1
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -111,7 +114,7 @@ def quiet() -> None:
     import warnings
 
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

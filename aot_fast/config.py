@@ -220,9 +220,11 @@ class RewardConfig:
     judge: str = "defender"
     """Uniqueness: `defender` (the frozen first Defender counts the targets in both images), `off`, or module:function."""
     solvable_trials: int = 2
-    """A question is attacked only if this many of this many trials are right on the clean image and on its round trip."""
+    """A question is attacked only if this many of this many trials are right on the clean image and on its round trip; 0: all are."""
     temperature: float = 1.0
     """Temperature of the trials."""
+    poor_codec: Literal["refuse", "warn"] = "refuse"
+    """What to do when the codec's round trip alone has a 5th percentile of q under q_high: it would pass for an attack."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def attackable(game: Game) -> Pictures:
     if not numbers:
         raise ValueError(
             f"round {game.cursor.round}: the Defender answers none of {len(examples)} training questions rightly on both the clean picture "
-            f"and its round trip through the Attacker's VAE ({config.reward.solvable_trials} trials each, reward.solvable_trials): there is "
+            f"and its round trip through the Attacker's VAE ({config.reward.solvable_trials} trials each): there is "
             "nothing to attack; use easier questions, or a VAE or attacker.target_pixels that keeps the picture"
         )
     return Pictures([examples.rows[i] for i in numbers], game.train)
@@ -60,6 +60,8 @@ def attackable(game: Game) -> Pictures:
 
 def _solvable_of(game: Game, examples: Pictures, chunk: list[int]) -> list[int]:
     """The solvable ones of `chunk`, in its order, on every rank."""
+    if not game.config.reward.solvable_trials:
+        return chunk
     mine = [chunk[i] for i in game.runtime.mine(len(chunk))]
     pictures = [examples[i] for i in mine]
     coded = roundtrip(game.attacker, [example.image for example in pictures])

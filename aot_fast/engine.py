@@ -89,6 +89,8 @@ def open_runtime(engine: EngineConfig, run: RunConfig) -> Runtime:
     torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // local_world))
     if run.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
+    # DeepSpeed's shared-memory collectives for CPUs are compiled at the first start: a minute, and a compiler, for nothing gained here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(seconds=engine.timeout_s), auto_mpi_discovery=False)
     precision = {"auto": "bf16" if cuda else "fp32"}.get(engine.precision, engine.precision)
     return Runtime(dist.get_rank(), world, device, torch.bfloat16 if precision == "bf16" else torch.float32)

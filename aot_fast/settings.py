@@ -196,14 +196,14 @@ POSITIVE = (
     "defender.steps_per_rollout defender.max_generation_batches defender.rollout_batch defender.microbatch defender.max_prompt_tokens "
     "defender.max_response_tokens defender.optimizer.lr attacker.optimizer.lr attacker.num_steps attacker.group_size "
     "attacker.prompts_per_step attacker.rollout_batch attacker.microbatch attacker.target_pixels attacker.reference_pixels "
-    "attacker.condition_pixels attacker.guidance reward.trials reward.solvable_trials curation.num_questions "
+    "attacker.condition_pixels attacker.guidance reward.trials curation.num_questions "
     "curation.edits_per_question checkpoint.every checkpoint.keep metrics.every"
 ).split()
 UNIT = "defender.top_p attacker.ema_decay curation.clean_share curation.replay_share curation.hard_share data.max_bad_fraction data.heldout_fraction".split()
 NOT_NEGATIVE = (
     "data.num_train data.num_heldout defender.temperature defender.beta defender.entropy_coef attacker.eta attacker.beta attacker.clip "
     "game.warmup_steps game.rounds game.attacker_steps game.defender_steps run.stop_after run.threads reward.pad reward.temperature "
-    "evaluation.num_questions evaluation.num_attacked defender.max_staleness defender.lora.rank attacker.lora.rank"
+    "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials defender.lora.rank attacker.lora.rank"
 ).split()
 
 

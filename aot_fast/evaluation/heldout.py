@@ -15,8 +15,9 @@ from aot_fast.data.schema import Example
 from aot_fast.data.sets import Picture, Pictures
 from aot_fast.defender.answers import answerer
 from aot_fast.defender.model import Defender
+from aot_fast.evaluation.matrix import integrity as summary_of
 from aot_fast.evaluation.summary import summarise
-from aot_fast.evaluation.tables import Edit, Prediction, edits_path, image_path, predictions_path, write_table
+from aot_fast.evaluation.tables import Edit, Prediction, edits_path, image_path, predictions_path, read_edits, write_table
 from aot_fast.game import Game
 
 CHUNK = 64
@@ -28,6 +29,7 @@ def evaluate(game: Game) -> None:
     round = game.cursor.round
     clean = game.heldout.examples()[: game.config.evaluation.num_questions or None]
     sources = {"clean": clean, "roundtrip": stored(game, clean, "roundtrip")}
+    check_codec(game)
     attacked = clean[: game.config.evaluation.num_attacked or None]
     last_attacker = round if game.config.game.arm == "coevolution" else 0
     for i in range(last_attacker + 1):
@@ -44,6 +46,21 @@ def evaluate(game: Game) -> None:
         summarise(game.folder, game.config, game.spans.totals())
         build_report(game.folder)
     game.runtime.barrier()
+
+
+def check_codec(game: Game) -> None:
+    """Refuse a codec that breaks the targets by itself (MATH.md section 5). Raises ValueError, or warns, by `reward.poor_codec`."""
+    floor, reward = summary_of(read_edits(edits_path(game.folder, "roundtrip"))), game.config.reward
+    if floor.p5 >= reward.q_high or game.cursor.round:
+        return
+    text = (
+        f"the Attacker's VAE alone breaks the targets: on {floor.n} held-out pictures its round trip has a 5th percentile of "
+        f"q = {floor.p5:.3f}, under reward.q_high = {reward.q_high}; use a larger attacker.target_pixels or a better VAE, lower q_high, "
+        "or set reward.poor_codec warn"
+    )
+    if reward.poor_codec == "refuse":
+        raise ValueError(text)
+    game.tracker.say(f"warning: {text}")
 
 
 def stored(game: Game, clean: Pictures, on: str) -> Pictures:
