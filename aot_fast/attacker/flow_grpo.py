@@ -10,12 +10,12 @@ from torch import Tensor
 
 import aot_fast.kernels as K
 from aot_fast.attacker.model import Attacker
-from aot_fast.attacker.replay import Item, replay, replay_batches
+from aot_fast.attacker.replay import Item, Replayed, replay, replay_batches
 from aot_fast.attacker.reward import Answerer, Judge, score
 from aot_fast.attacker.rollout import Group, rollout
 from aot_fast.config import AttackerConfig, RewardConfig
 from aot_fast.data.schema import Example, Verdict
-from aot_fast.engine import Runtime, StepResult
+from aot_fast.engine import Runtime
 
 CLIP = {"flow_sde": 1e-4, "dance": 1e-4, "cps": 1e-5, "ode": 1e-4}
 CLIP_GUARD = 2e-6
@@ -27,10 +27,6 @@ class ScoredGroup:
 
     group: Group
     verdicts: tuple[Verdict, ...]
-
-    @property
-    def rewards(self) -> list[float]:
-        return [verdict.reward for verdict in self.verdicts]
 
 
 def collect(
@@ -57,9 +53,9 @@ def update(attacker: Attacker, scored: Sequence[ScoredGroup]) -> dict[str, float
     micro-batches (DESIGN.md rule 7). Samples with a non-finite reward have A = 0. Raises ValueError when no step was recorded.
     """
     config, player, runtime = attacker.config, attacker.player, attacker.runtime
-    advantages, metrics = group_advantages(attacker, [group.rewards for group in scored])
+    advantages, metrics = group_advantages(attacker, scored)
     items = [
-        Item(part.group.encoding, step, advantage)
+        Item(part.group.encoding, step, advantage, fresh=part.group.version == player.version)
         for part, row in zip(scored, advantages)
         for sample, advantage in zip(part.group.samples, row)
         for step in sample.steps
@@ -85,15 +81,14 @@ def update(attacker: Attacker, scored: Sequence[ScoredGroup]) -> dict[str, float
         )
         player.backward(result.loss)
         healthy &= result.loss.detach().isfinite()
-        mismatch = torch.where(now.mask, (now.logp - now.old_logp).abs(), 0).max().detach()
-        parts.append(result.metrics | {"sum/loss": result.loss.detach(), "max/logp_mismatch": mismatch})
+        parts.append(result.metrics | {"sum/loss": result.loss.detach(), "max/logp_mismatch": mismatch(now)})
     if not parts:
         raise ValueError("no rank has a recorded step to train on: attacker.dynamics is ode, or every question was left out")
     done = player.step(healthy)
     if done.applied and attacker.ema:
         attacker.ema.update()
-    on_policy = all(part.group.version == player.version - done.applied for part in scored)
-    return metrics | step_metrics(runtime, K.combine_metrics(parts), done, on_policy)
+    metrics |= readable(reduced(runtime, K.combine_metrics(parts)))
+    return metrics | {"grad_norm": done.grad_norm, "lr": done.lr, "applied": float(done.applied)}
 
 
 def clip_range(config: AttackerConfig) -> float:
@@ -101,53 +96,46 @@ def clip_range(config: AttackerConfig) -> float:
     return config.clip or (CLIP_GUARD if config.variant == "guard" else CLIP[config.dynamics])
 
 
-def group_advantages(attacker: Attacker, rewards: list[list[float]]) -> tuple[list[Tensor], dict[str, float]]:
-    """Advantages of this rank's groups, one tensor [G] a group, and metrics of the rewards of all ranks.
+def group_advantages(attacker: Attacker, scored: Sequence[ScoredGroup]) -> tuple[list[Tensor], dict[str, float]]:
+    """Advantages of this rank's groups, one tensor [G] a group, and metrics of the verdicts of all ranks.
 
     Rewards are gathered from all ranks, since `advantage_std: batch` takes its deviation over all of them.
     """
-    runtime, batch = attacker.runtime, attacker.config.advantage_std == "batch"
-    ranks = runtime.gather(rewards)
-    flat = torch.tensor([value for groups in ranks for group in groups for value in group], dtype=torch.float32)
+    runtime, std = attacker.runtime, attacker.config.advantage_std
+    ranks = runtime.gather([[(v.reward, v.q, v.uniqueness, v.efficacy) for v in part.verdicts] for part in scored])
+    table = torch.tensor([row for groups in ranks for group in groups for row in group], dtype=torch.float64).view(-1, 4)
     sizes = [len(group) for groups in ranks for group in groups]
     # flow_grpo's "global_std" is a population deviation with its own eps.
-    made = K.group_advantage(flat, sizes, std=attacker.config.advantage_std, **({"ddof": 0, "eps": 1e-4} if batch else {}))
+    made = K.group_advantage(table[:, 0].contiguous(), sizes, std=std, **({"ddof": 0, "eps": 1e-4} if std == "batch" else {}))
     first = sum(len(groups) for groups in ranks[: runtime.rank])
-    rows = made.values.to(runtime.device).split(sizes)[first : first + len(rewards)] if sizes else ()
-    good = flat[flat.isfinite()].double()
-    return list(rows), {
-        "attacker/reward_mean": good.mean().item(),
-        "attacker/reward_std": good.std(correction=0).item(),
-        "attacker/degenerate_groups": float(made.degenerate.sum()),
-        "attacker/groups": float(len(sizes)),
-        "attacker/quarantined_samples": float(made.num_nonfinite),
-    }
+    rows = made.values.float().to(runtime.device).split(sizes)[first : first + len(scored)] if sizes else ()
+    good = table[table[:, 0].isfinite()]
+    metrics = dict(zip(("reward", "q", "u", "e"), good.mean(0).tolist())) | {"reward/std": good[:, 0].std(correction=0).item()}
+    counts = {"groups": len(sizes), "groups/degenerate": int(made.degenerate.sum()), "samples/quarantined": int(made.num_nonfinite)}
+    return list(rows), metrics | {name: float(value) for name, value in counts.items()}
 
 
-def step_metrics(runtime: Runtime, local: dict[str, Tensor], done: StepResult, on_policy: bool) -> dict[str, float]:
-    """The step's metrics over all ranks. `logp_mismatch` only where the weights had not moved since the rollout (DESIGN.md rule 4)."""
-    names = sorted(local)  # the same on all ranks: each ran at least one micro-batch
+def mismatch(now: Replayed) -> Tensor:
+    """Largest |replayed log-prob - the rollout's| where the weights have not moved since (DESIGN.md rule 4)."""
+    return torch.where(now.mask & now.fresh, (now.logp - now.old_logp).detach().abs(), 0.0).max()
+
+
+def reduced(runtime: Runtime, local: dict[str, Tensor]) -> dict[str, float]:
+    """Sums, counts and maxima over all ranks; they have the same names everywhere, since every rank ran a micro-batch."""
+    names = sorted(local)
     values = torch.stack([local[name].float() for name in names])
     sums, maxima = runtime.all_reduce(values).tolist(), runtime.all_reduce(values, "max").tolist()
-    total = {name: high if name.startswith("max/") else low for name, low, high in zip(names, sums, maxima)}
-    samples = max(1.0, total["count/samples"])
-    metrics = {
-        "attacker/loss": total["sum/loss"],
-        "attacker/ratio_mean": total["sum/ratio"] / samples,
-        "attacker/ratio_deviation": total["max/ratio_deviation"],
-        "attacker/approx_kl": total["sum/kl_k3"] / samples,
-        "attacker/grad_norm": done.grad_norm,
-        "attacker/lr": done.lr,
-        "attacker/applied": float(done.applied),
-        "attacker/trained_steps": total["count/samples"],
-    }
-    for name in ("kl", "drift"):
-        if f"sum/{name}" in total:
-            metrics[f"attacker/{name}"] = total[f"sum/{name}"] / samples
-    for name in ("clip_low", "clip_high", "dropped"):
-        if f"count/{name}" in total:
-            metrics[f"attacker/{name}_fraction"] = total[f"count/{name}"] / samples
-    # A rank without groups does not know; all ranks have to agree on the keys.
-    if runtime.all_reduce(torch.tensor(float(on_policy), device=runtime.device), "min") > 0:
-        metrics["attacker/logp_mismatch"] = total["max/logp_mismatch"]
-    return metrics
+    return {name: high if name.startswith("max/") else low for name, low, high in zip(names, sums, maxima)}
+
+
+def readable(totals: dict[str, float]) -> dict[str, float]:
+    """Totals of the step under the names of the log: `sum/` as means over the trained steps, `count/` and `max/` as they are.
+
+    `kl` is the rollout's policy to the trained one; `kl_ref`, where there is one, the trained policy to the base.
+    """
+    samples = max(1.0, totals["count/samples"])
+    means = {name.removeprefix("sum/"): value / samples for name, value in totals.items() if name.startswith("sum/")}
+    rest = {name.split("/", 1)[1]: value for name, value in totals.items() if not name.startswith("sum/")}
+    reference = {"kl_ref": means.pop("kl")} if "kl" in means else {}
+    clipped = (rest.get("clip_low", 0.0) + rest.get("clip_high", 0.0)) / samples
+    return means | rest | reference | {"loss": totals["sum/loss"], "kl": means["kl_k3"], "clip": clipped}

@@ -28,6 +28,8 @@ class Item:
     step: TrainedStep
     advantage: Tensor
     """0-d fp32."""
+    fresh: bool = True
+    """Whether the weights have not moved since the rollout."""
     weight: bool = True
     """False: stands in for a missing item; runs forward and backward and counts nothing."""
 
@@ -39,6 +41,9 @@ class Replayed(NamedTuple):
     old_logp: Tensor
     advantages: Tensor
     mask: Tensor
+    """bool; False: a blank item."""
+    fresh: Tensor
+    """bool"""
     kl: Tensor | None
     """To the model without its adapter; None when beta is 0."""
     drift: Tensor | None
@@ -103,6 +108,7 @@ def replay(attacker: Attacker, items: Sequence[Item]) -> Replayed:
         old_logp=torch.stack([step.logp for step in steps]),
         advantages=torch.stack([item.advantage for item in items]),
         mask=torch.tensor([item.weight for item in items], device=device),
+        fresh=torch.tensor([item.fresh for item in items], device=device),
         kl=scored.kl,
         drift=scored.drift,
         std=std,

@@ -4,25 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipeline import make_pipeline
 
-from aot_fast.config import AttackerConfig, EngineConfig, LoraConfig, OptimizerConfig
-
-BASE = AttackerConfig(
-    target_pixels=64 * 64,
-    reference_pixels=64 * 64,
-    condition_pixels=64 * 64,
-    num_steps=4,
-    window=2,
-    window_range=(0, 3),
-    eta=0.7,
-    group_size=4,
-    prompts_per_step=2,
-    rollout_batch=4,
-    microbatch=4,
-    optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0),
-)
-LORA = LoraConfig(rank=4, alpha=8)
+from aot_fast.config import EngineConfig
+from tests.attacker.tiny_pipeline import BASE, make_pipeline, perturb
 
 
 @pytest.fixture(scope="session")
@@ -49,15 +33,6 @@ def load(runtime):
         return attacker
 
     return loaded
-
-
-def perturb(player, seed, scale=0.05):
-    """Add seeded noise to the trained weights (and, on this world of one, to the optimizer's copies)."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in player.trainable:
-        parameter.ds_tensor.data.add_(scale * torch.randn(parameter.ds_tensor.shape, generator=generator))
-        if parameter.data.numel():
-            parameter.data.copy_(parameter.ds_tensor[: parameter.ds_numel].view(parameter.ds_shape))
 
 
 @pytest.fixture(scope="session")

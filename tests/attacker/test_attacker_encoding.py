@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_pipeline import picture
 
 from aot_fast.attacker.encoding import IMAGE_PAD, decode, encode, expand_image_pad, fit_size, pack, roundtrip, unpack
+from tests.attacker.tiny_pipeline import picture
 
 PROMPT = "Add a plausible distractor object {braces} é"
 

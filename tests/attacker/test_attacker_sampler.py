@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipeline import picture
 
 import aot_fast.kernels as K
 from aot_fast.attacker.encoding import encode
 from aot_fast.attacker.sampler import draw_window, sample, schedule, start_noise
 from aot_fast.attacker.velocity import pad_prompts, velocity
 from aot_fast.config import AttackerConfig
+from tests.attacker.tiny_pipeline import picture
 
 PROMPTS = ["Add a cat", "Add a plausible distractor object, somewhat longer than the other prompt"]
 

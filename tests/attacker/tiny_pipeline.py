@@ -7,9 +7,27 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from aot_fast.config import AttackerConfig, LoraConfig, OptimizerConfig
+
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 WORDS = "Describe the key features of the input image (color, shape, size, texture, objects, background) Picture 1: Add a distractor"
 TRANSFORMER = dict(num_layers=2, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32, axes_dims_rope=(4, 6, 6))
+
+BASE = AttackerConfig(
+    target_pixels=64 * 64,
+    reference_pixels=64 * 64,
+    condition_pixels=64 * 64,
+    num_steps=4,
+    window=2,
+    window_range=(0, 3),
+    eta=0.7,
+    group_size=4,
+    prompts_per_step=2,
+    rollout_batch=4,
+    microbatch=4,
+    optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0),
+)
+LORA = LoraConfig(rank=4, alpha=8)
 
 
 def tokenizer():
@@ -77,3 +95,16 @@ def picture(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
     noise = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(seed))
     pixels = torch.nn.functional.interpolate(noise[None], size=size[::-1], mode="bicubic")[0].clamp(0, 1)
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).byte().numpy())
+
+
+def perturb(player, seed, scale=0.05):
+    """Add seeded noise to the trained weights, in the optimizer's fp32 copies too; the same on any number of ranks."""
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in player.trainable:
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.add_(scale * torch.randn(parameter.ds_shape, generator=generator))
+            changed = parameter.detach().clone()
+        safe_set_full_fp32_param(parameter, changed.float())
