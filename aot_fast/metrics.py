@@ -1,4 +1,4 @@
-"""One tracker, one span timer, and how metrics of micro-batches and ranks become one row.
+"""One tracker, one span timer, and how the metrics of all ranks become one row.
 
 A row of `metrics.jsonl`: {"index", "phase", "round", "step", "seconds", "wall_time", then the values}; `seconds` is the time since the row
 before, `wall_time` seconds since 1970. Non-finite values are written as the strings "NaN", "Infinity", "-Infinity": JSON has no such
@@ -75,24 +75,11 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
-def combine(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Merge metrics of micro-batches: names under `sum/` and `count/` are added, under `max/` the greatest is kept.
-
-    Values are 0-d tensors and stay on their device; ValueError for another name.
-    """
-    merged: dict[str, Tensor] = {}
-    for name, value in ((name, value) for part in metrics for name, value in part.items()):
-        if not name.startswith(("sum/", "count/", "max/")):
-            raise ValueError(f"metric {name!r}: must begin with sum/, count/ or max/ to be combined; rename it")
-        if name not in merged:
-            merged[name] = value
-        else:
-            merged[name] = merged[name].maximum(value) if name.startswith("max/") else merged[name] + value
-    return merged
-
-
 def reduce_over_ranks(runtime: Runtime, metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Combine over all ranks in two collectives and one read of the device; every rank must bring the same names."""
+    """Totals over all ranks in two collectives and one read of the device; every rank must bring the same names.
+
+    Names under `sum/` and `count/` are added, under `max/` the greatest is kept; values are 0-d tensors.
+    """
     import torch
 
     totals: dict[str, float] = {}
@@ -103,17 +90,6 @@ def reduce_over_ranks(runtime: Runtime, metrics: Mapping[str, Tensor]) -> dict[s
             packed = torch.stack([metrics[name].detach().to(runtime.device, torch.float64).reshape(()) for name in names])
             totals.update(zip(names, runtime.all_reduce(packed, op=op).tolist(), strict=True))
     return totals
-
-
-def averages(totals: Mapping[str, float], per: str) -> dict[str, float]:
-    """Row of a log from totals: `sum/x` divided by `totals[per]` as `x`, `max/x` as `max_x`, `count/x` as `num_x`."""
-    divisor = max(totals.get(per, 0.0), 1.0)
-    row = {}
-    for name, value in totals.items():
-        prefix, _, rest = name.partition("/")
-        label = {"sum": rest, "max": f"max_{rest}", "count": f"num_{rest}"}[prefix]
-        row[label] = value / divisor if prefix == "sum" else value
-    return row
 
 
 class Spans:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from aot_fast.metrics import Spans, Tracker, atomic_write_text, averages, combine, format_line, read_rows, reduce_over_ranks, write_json
+from aot_fast.metrics import Spans, Tracker, atomic_write_text, format_line, read_rows, reduce_over_ranks, write_json
 
 
 def quiet(folder, **settings) -> Tracker:
@@ -189,18 +189,6 @@ def scalars(**values: float) -> dict[str, torch.Tensor]:
     return {name.replace("_", "/", 1): torch.tensor(float(value)) for name, value in values.items()}
 
 
-def test_metrics_of_microbatches_combine():
-    merged = combine(
-        [scalars(sum_ratio=1, count_tokens=2, max_ratio=5), scalars(sum_ratio=3, count_tokens=4, max_ratio=2), scalars(count_tokens=1)]
-    )
-    assert {name: value.item() for name, value in merged.items()} == {"sum/ratio": 4, "count/tokens": 7, "max/ratio": 5}
-
-
-def test_a_metric_that_cannot_be_combined_is_an_error():
-    with pytest.raises(ValueError, match="'mean/ratio': must begin with sum/"):
-        combine([{"mean/ratio": torch.tensor(1.0)}])
-
-
 @dataclass
 class TwoRanks:
     """Stands for a runtime whose other rank has the same values, times ten."""
@@ -211,10 +199,9 @@ class TwoRanks:
         return x + 10 * x if op == "sum" else torch.maximum(x, 10 * x)
 
 
-def test_metrics_reduce_over_ranks_and_average():
+def test_metrics_reduce_over_ranks():
     totals = reduce_over_ranks(TwoRanks(), scalars(sum_ratio=4, count_tokens=2, max_ratio=5))
     assert totals == {"sum/ratio": 44.0, "count/tokens": 22.0, "max/ratio": 50.0}
-    assert averages(totals, per="count/tokens") == {"ratio": 2.0, "num_tokens": 22.0, "max_ratio": 50.0}
 
 
 def test_a_count_beyond_fp32_stays_exact():

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from aot_fast.data.schema import Box, Question
 from aot_fast.metrics import atomic_write_text
@@ -58,6 +58,18 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
         image.close()
         raise BadImage(f"{width} x {height} is over the cap of {max_pixels} pixels (data.max_image_pixels)")
     return image
+
+
+def upright_size(path: Path | str, max_pixels: int) -> tuple[int, int]:
+    """(width, height) in pixels after EXIF rotation, from the header alone; BadImage if it cannot be read."""
+    try:
+        with _open(Path(path), max_pixels) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 lie on their side
+            return image.size[::-1] if turned else image.size
+    except BadImage:
+        raise
+    except Exception as error:  # as in load_image
+        raise BadImage(f"cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _scale_16_bit(image: Image.Image) -> Image.Image:

@@ -94,7 +94,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "curves": _curves(run),
         "galleries": _galleries(run),
         "outcomes": OUTCOMES,
-        "curated": [{"round": round, "rows": rows, "cards": curated_cards(run, round)} for round, rows in run.curated.items()],
+        "curated": [{"round": round, "edits": made.edits, "cards": curated_cards(run, round)} for round, made in run.curated.items()],
         "phases": phases,
         "total_seconds": sum(total for total, _ in phases.values()),
         "troubles": _troubles(run),

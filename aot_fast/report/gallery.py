@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -13,8 +12,8 @@ from PIL import Image
 
 from aot_fast.data.schema import LETTERS
 from aot_fast.evaluation.matrix import attackable
-from aot_fast.evaluation.tables import FOLDER, Edit, image_path, safe_name
-from aot_fast.report.pictures import Picture, before_after, load_first
+from aot_fast.evaluation.tables import FOLDER, Edit, image_path
+from aot_fast.report.pictures import Picture, before_after, load_first, size_of
 from aot_fast.report.run_files import RunFiles, read_questions_of
 
 
@@ -35,11 +34,11 @@ class Card:
     """Verdict values: (name, value)."""
 
 
-def _before(run: RunFiles, question: Mapping[str, Any], id: str) -> Image.Image | str:
-    paths = [image_path(run.folder, "clean", id)]
-    if question.get("images"):
-        paths.append(Path(question["images"]) / question["image"])
-    return load_first(paths)
+def _pictures(run: RunFiles, id: str, question: Mapping[str, Any], after: Image.Image | str) -> tuple[Picture, ...]:
+    """The question's picture beside `after`: as the evaluation kept it, which may be smaller than the original that the boxes belong to."""
+    original = Path(question.get("images", "")) / question.get("image", "")
+    before = load_first([image_path(run.folder, "clean", id), original])
+    return before_after(before, after, question.get("target_boxes", ()), size_of(original))
 
 
 def _wording(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,30 +95,25 @@ def attacker_cards(run: RunFiles, on: str) -> tuple[list[Card], dict[str, int], 
         edit, question = edits[id], questions.get(id, {})
         after = load_first([run.folder / FOLDER / edit.image, image_path(run.folder, on, id)])
         values = [("q", f"{edit.q:.3f}"), ("audit", {True: "still true", False: "no longer true", None: "none"}[edit.audit])]
-        pictures = before_after(_before(run, question, id), after, question.get("target_boxes", ()))
-        answers = tuple(_answers(run, on, id, witnesses))
+        answers, pictures = tuple(_answers(run, on, id, witnesses)), _pictures(run, id, question, after)
         cards.append(Card(id, outcomes[id], pictures, **_wording(question), answers=answers, values=tuple(values)))
     counts = {name: list(outcomes.values()).count(name) for name in ("fooled", "resisted", "rejected", "void")}
     return cards, counts, f"defender_{witnesses[0]}" if witnesses else ""
 
 
-def _curated_card(run: RunFiles, round: int, row: Mapping[str, Any], question: Mapping[str, Any]) -> Card:
-    folder = run.folder / "curated" / f"round_{round}"
-    id = row["question_id"]
-    after = load_first([folder / row["image"]] if row.get("image") else sorted(folder.glob(f"images/{safe_name(id)}_*.png")))
-    shown = {name: row.get(key) for name, key in (("w(q)", "ramp"), ("u", "uniqueness"), ("e", "efficacy"), ("reward", "reward"))}
-    shown = {"q": min(row.get("integrity") or [math.nan]), **shown}
-    values = tuple((name, f"{value:.2f}") for name, value in shown.items() if value is not None)
+def _curated_card(run: RunFiles, folder: Path, row: Mapping[str, Any], question: Mapping[str, Any]) -> Card:
+    id, after = row["question_id"], load_first([folder / row.get("image", "")])
+    shown = {"q": "q", "w(q)": "ramp", "u": "uniqueness", "e": "efficacy", "reward": "reward"}
+    values = tuple((name, f"{row[key]:.2f}") for name, key in shown.items() if row.get(key) is not None)
     answers = tuple(("sampled answer", text.strip(), text, None) for text in dict.fromkeys(row.get("answers", ())))
-    pictures = before_after(_before(run, question, id), after, question.get("target_boxes", ()))
     outcome = "accepted" if row.get("accepted") else "rejected"
-    return Card(id, outcome, pictures, **_wording(question), answers=answers[:4], values=values)
+    return Card(id, outcome, _pictures(run, id, question, after), **_wording(question), answers=answers[:4], values=values)
 
 
 def curated_cards(run: RunFiles, round: int) -> list[Card]:
     """Cards of a curated set: the first accepted and the first rejected edits, half of each where there are so many."""
-    half = max(1, run.num_gallery // 4)
-    rows = [row for row in run.curated[round] if "question_id" in row]
+    half, curated = max(1, run.num_gallery // 4), run.curated[round]
+    rows = [row for row in curated.edits if "question_id" in row]
     chosen = [*islice((row for row in rows if row.get("accepted")), half), *islice((row for row in rows if not row.get("accepted")), half)]
     questions = read_questions_of(run.folder, {row["question_id"] for row in chosen})
-    return [_curated_card(run, round, row, questions.get(row["question_id"], {})) for row in chosen]
+    return [_curated_card(run, curated.folder, row, questions.get(row["question_id"], {})) for row in chosen]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-from aot_fast.data.images import BadImage, load_image
+from aot_fast.data.images import BadImage, load_image, upright_size
 
 MAX_PIXELS = 64_000_000
 THUMBNAIL_PX = 360
@@ -27,10 +27,12 @@ class Picture:
     title: str
     uri: str
     """data: URI; empty if the image cannot be had."""
-    width: int
-    height: int
+    pixel_art: bool = False
+    """Small enough to be enlarged pixel by pixel."""
+    width: int = 1
+    height: int = 1
+    """Of the original: the coordinate system of `boxes`."""
     boxes: tuple[tuple[float, float, float, float], ...] = ()
-    """In a coordinate system of `width` x `height`."""
     reason: str = ""
     """Why there is no image."""
 
@@ -51,6 +53,14 @@ def thumbnail(image: Image.Image) -> str:
     return data_uri(buffer.getvalue(), "jpeg")
 
 
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Upright size of an image; None if it cannot be read."""
+    try:
+        return upright_size(path, MAX_PIXELS)
+    except BadImage:
+        return None
+
+
 def load_first(paths: Iterable[Path]) -> Image.Image | str:
     """The first of the files that exists, decoded; else the reason."""
     path = next((path for path in paths if path.is_file()), None)
@@ -62,18 +72,21 @@ def load_first(paths: Iterable[Path]) -> Image.Image | str:
         return str(error)
 
 
-def _picture(title: str, image: Image.Image | str, size: tuple[int, int], boxes: Iterable[Iterable[float]] = ()) -> Picture:
+def _picture(title: str, image: Image.Image | str, size: tuple[int, int], boxes: Iterable[Iterable[float]]) -> Picture:
     if isinstance(image, str):
-        return Picture(title, "", *size, reason=image)
-    return Picture(title, thumbnail(image), *size, boxes=tuple(tuple(box) for box in boxes))
+        return Picture(title, "", reason=image)
+    return Picture(title, thumbnail(image), max(image.size) <= PIXEL_ART_PX, *size, tuple(tuple(box) for box in boxes))
 
 
-def before_after(before: Image.Image | str, after: Image.Image | str, boxes: Iterable[Iterable[float]]) -> tuple[Picture, ...]:
-    """Before, after and difference; boxes are in pixels of the image before, whatever the size of the edit."""
+def before_after(
+    before: Image.Image | str, after: Image.Image | str, boxes: Iterable[Iterable[float]], size: tuple[int, int] | None
+) -> tuple[Picture, ...]:
+    """Before, after and difference, each of its own size.
+
+    `boxes` are in pixels of the original of `size`, which may be larger than what is shown; of unknown size (None), they are left out.
+    """
     shown = [image for image in (before, after) if not isinstance(image, str)]
-    size = shown[0].size if shown else (64, 64)
-    # Without the picture before, the boxes' scale is unknown.
-    boxes = () if isinstance(before, str) else tuple(boxes)
+    boxes, size = tuple(boxes) if size else (), size or (1, 1)
     difference: Image.Image | str = "needs both pictures"
     if len(shown) == 2:
         difference = ImageChops.difference(before.resize(after.size, Image.Resampling.LANCZOS), after).point(lambda value: value * GAIN)

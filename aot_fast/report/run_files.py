@@ -16,6 +16,15 @@ from aot_fast.evaluation.tables import Tables, read_tables
 from aot_fast.metrics import read_rows
 
 
+@dataclass(frozen=True)
+class Curated:
+    """What a round's curation made."""
+
+    folder: Path
+    edits: list[dict[str, Any]]
+    """Verdicts with the path of the picture in `folder`; NaN is None."""
+
+
 @dataclass
 class RunFiles:
     """The records of a run that the report is made of."""
@@ -29,8 +38,8 @@ class RunFiles:
     figures: dict[str, Any]
     """The figures of MATH.md section 5 (`evaluation.summary.measure`)."""
     tables: Tables
-    curated: dict[int, list[dict[str, Any]]]
-    """Verdicts by round."""
+    curated: dict[int, Curated]
+    """By round."""
     bad_samples: list[dict[str, Any]]
     exit: dict[str, Any]
     finished: bool
@@ -89,7 +98,8 @@ def read_run(folder: Path | str) -> RunFiles:
         raise NotADirectoryError(f"{folder}: there is no such run folder")
     text, config = _config(folder / "config.yaml")
     curated = {
-        int(path.parent.name.removeprefix("round_")): read_rows(path) for path in sorted(folder.glob("curated/round_[0-9]*/edits.jsonl"))
+        int(path.parent.name.removeprefix("round_")): Curated(path.parent, read_rows(path))
+        for path in folder.glob("curated/round_[0-9]*/edits.jsonl")
     }
     run = RunFiles(
         folder=folder,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aot_fast.data.images import BadImage, ImageStore, load_image
+from aot_fast.data.images import BadImage, ImageStore, load_image, upright_size
 from aot_fast.data.questions import read_questions
 from aot_fast.data.schema import Question
 
@@ -39,6 +39,7 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
     exif[ORIENTATION] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     assert difference(load_image(tmp_path / "a.png", CAP), upright) == 0
+    assert upright_size(tmp_path / "a.png", CAP) == upright.size
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])

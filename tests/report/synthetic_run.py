@@ -50,7 +50,7 @@ def write_run(folder: Path, num_questions: int = 8, rounds: int = 2, steps: int 
     rng = random.Random(0)
     worlds = [make_question("heldout", i, size_px) for i in range(num_questions)]
     images = {question.id: render(scene, size_px) for scene, question in worlds}
-    head = json.dumps({"images": "nowhere"})
+    head = json.dumps({"images": str(folder / "evaluation" / "images" / "clean")})
     lines = [
         json.dumps(
             {"id": q.id, "image": q.image, "question": q.question, "options": q.options, "answer": q.answer, "target_boxes": q.target_boxes}
@@ -87,7 +87,7 @@ def write_run(folder: Path, num_questions: int = 8, rounds: int = 2, steps: int 
         for attacker in range(rounds + 1):
             answer(defender, f"attacker_{attacker}", max(0.05, 0.35 + 0.08 * attacker - strength * defender))
     for round in range(1, rounds + 1):
-        write_curated(folder / "curated" / f"round_{round}", images, round, rng)
+        write_curated(folder / "curated" / f"round_{round:03d}", images, round, rng)
     write_metrics(folder, rounds, steps, rng)
     atomic_write_text(folder / "config.yaml", f"run: {{name: {folder.name}}}\nreward: {{q_low: 0.6}}\nevaluation: {{gallery: 6}}\n")
     atomic_write_text(folder / "FINISHED", "")
@@ -106,7 +106,8 @@ def write_curated(folder: Path, images: dict[str, Image.Image], round: int, rng:
             "prompt": "Add",
             "seed": 1,
             "attacker_round": round,
-            "integrity": [0.9, 0.8],
+            "integrity": [0.9, None],
+            "q": None,
             "ramp": 1.0,
             "uniqueness": 1.0,
         }

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -170,20 +171,52 @@ def test_outcomes_of_edits(tmp_path):
     assert counts == {"fooled": 1, "resisted": 1, "rejected": 1, "void": 2}
 
 
-def test_a_picture_that_was_not_kept_is_said_and_an_edit_of_another_size_is_compared(tmp_path):
-    questions = [{"id": id, "image": "a.png", "question": "?", "answer": "x", "target_boxes": [[100, 50, 20, 10]]} for id in ("a", "b")]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "heldout.jsonl").write_text('{"images": "nowhere"}\n' + "".join(json.dumps(q) + "\n" for q in questions))
-    write_table(edits_path(tmp_path, "attacker_0"), [Edit("a", 0.9), Edit("b", 0.9)])
-    for on, size in (("clean", (400, 200)), ("attacker_0", (300, 150))):
-        image_path(tmp_path, on, "a").parent.mkdir(parents=True)
-        Image.new("RGB", size, "red").save(image_path(tmp_path, on, "a"))
-    (seen, lost), _, _ = attacker_cards(read_run(tmp_path), "attacker_0")
-    assert all(picture.uri.startswith("data:image/jpeg") for picture in seen.pictures)
-    assert {(picture.width, picture.height, picture.boxes) for picture in seen.pictures} == {(400, 200, ((100, 50, 20, 10),))}
-    difference = Image.open(io.BytesIO(base64.b64decode(seen.pictures[2].uri.split(",")[1])))
-    assert max(high for _, high in difference.getextrema()) == 0
-    assert [picture.reason for picture in lost.pictures] == ["not kept by this run", "not kept by this run", "needs both pictures"]
+def halves(size: tuple[int, int]) -> Image.Image:
+    """Red on the left, blue on the right."""
+    image = Image.new("RGB", size, "blue")
+    image.paste("red", (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+def write_photo_run(folder: Path) -> None:
+    """Two questions on an original of 400 x 200; the picture of the first is kept at half and edited at three quarters of that size."""
+    questions = [{"id": id, "image": f"{id}.png", "question": "?", "answer": "x", "target_boxes": [[300, 50, 20, 10]]} for id in "ab"]
+    lines = [json.dumps(line) for line in ({"images": str(folder)}, *questions)]
+    (folder / "data").mkdir()
+    (folder / "data" / "heldout.jsonl").write_text("\n".join(lines) + "\n")
+    write_table(edits_path(folder, "attacker_0"), [Edit("a", 0.9), Edit("b", 0.9)])
+    pictures = {
+        folder / "a.png": (400, 200),
+        image_path(folder, "clean", "a"): (200, 100),
+        image_path(folder, "attacker_0", "a"): (300, 150),
+    }
+    for path, size in pictures.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        halves(size).save(path)
+
+
+def test_boxes_belong_to_the_original_whatever_the_size_of_the_pictures_shown(tmp_path):
+    write_photo_run(tmp_path)
+    (card, _), _, _ = attacker_cards(read_run(tmp_path), "attacker_0")
+    assert all(picture.uri.startswith("data:image/jpeg") for picture in card.pictures)
+    assert {(picture.width, picture.height, picture.boxes) for picture in card.pictures} == {(400, 200, ((300, 50, 20, 10),))}
+    (tmp_path / "a.png").unlink()
+    (card, _), _, _ = attacker_cards(read_run(tmp_path), "attacker_0")
+    assert all(picture.uri and not picture.boxes for picture in card.pictures)
+
+
+def test_an_edit_of_another_size_is_compared_with_the_picture_brought_to_it(tmp_path):
+    write_photo_run(tmp_path)
+    (card, _), _, _ = attacker_cards(read_run(tmp_path), "attacker_0")
+    difference = Image.open(io.BytesIO(base64.b64decode(card.pictures[2].uri.split(",")[1])))
+    assert difference.size == (300, 150)
+    assert difference.convert("L").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) < 5
+
+
+def test_a_picture_that_was_not_kept_is_said(tmp_path):
+    write_photo_run(tmp_path)
+    (_, card), _, _ = attacker_cards(read_run(tmp_path), "attacker_0")
+    assert [picture.reason for picture in card.pictures] == ["not kept by this run", "not kept by this run", "needs both pictures"]
 
 
 def test_rounds_of_a_player_are_put_end_to_end():
