@@ -49,6 +49,8 @@ def _line(run: RunFiles, name: str) -> list[Mapping[str, Any] | None]:
 def _status(run: RunFiles) -> str:
     if run.finished:
         return "finished"
+    if run.all_played:
+        return "all rounds are played"
     last = run.rows[-1] if run.rows else None
     where = f"; the last logged step is {last['phase']} {last['step']} of round {last['round']}" if last else ""
     return f"not finished{where}" + (f"; it ended with: {run.exit['reason']}" if run.exit.get("reason") else "")

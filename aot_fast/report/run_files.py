@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from aot_fast.config import EvaluationConfig, RewardConfig
+from aot_fast.config import EvaluationConfig, GameConfig, RewardConfig
 from aot_fast.evaluation.summary import measure, steps_and_seconds
 from aot_fast.evaluation.tables import Tables, read_tables
 from aot_fast.metrics import read_rows
@@ -42,6 +42,7 @@ class RunFiles:
     """By round."""
     bad_samples: list[dict[str, Any]]
     exit: dict[str, Any]
+    """Code and reason of the end of the last launch; empty if the run went on after it."""
     finished: bool
     missing: list[str] = field(default_factory=list)
     """What the report would show but the run has not written yet, in words."""
@@ -49,6 +50,12 @@ class RunFiles:
     @property
     def q_low(self) -> float:
         return (self.config.get("reward") or {}).get("q_low", RewardConfig.q_low)
+
+    @property
+    def all_played(self) -> bool:
+        """Whether the Defender of the last round is evaluated: true a moment before the run is marked as finished."""
+        rounds = (self.config.get("game") or {}).get("rounds", GameConfig.rounds)
+        return bool(self.tables.defenders) and self.tables.defenders[-1] >= rounds
 
     @property
     def num_gallery(self) -> int:
@@ -66,6 +73,14 @@ def _json_file(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def _last_exit(folder: Path) -> dict[str, Any]:
+    """`exit.json`, unless a later launch has begun: that one has cut metrics.jsonl back, or written to it."""
+    exit, metrics = folder / "exit.json", folder / "metrics.jsonl"
+    if exit.is_file() and metrics.is_file() and exit.stat().st_mtime_ns < metrics.stat().st_mtime_ns:
+        return {}
+    return _json_file(exit)
 
 
 def _config(path: Path) -> tuple[str, dict[str, Any]]:
@@ -111,7 +126,7 @@ def read_run(folder: Path | str) -> RunFiles:
         tables=read_tables(folder),
         curated=dict(sorted(curated.items())),
         bad_samples=read_rows(folder / "bad_samples.jsonl"),
-        exit=_json_file(folder / "exit.json"),
+        exit=_last_exit(folder),
         finished=(folder / "FINISHED").is_file(),
     )
     # Measured anew: a summary may be older than the tables.

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -93,6 +94,23 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path):
     assert "only one Defender is evaluated" in page
     assert "1 optimizer steps were skipped as not finite: attack 1 of round 1" in page
     assert "quarantined: x (x.png): the file is empty" in page
+
+
+def test_how_an_earlier_launch_ended_is_forgotten_once_the_run_goes_on(tmp_path):
+    (tmp_path / "exit.json").write_text('{"code": 143, "reason": "a signal asked to stop"}')
+    os.utime(tmp_path / "exit.json", (1, 1))
+    assert "a signal asked to stop" in build_report(tmp_path).read_text()
+    (tmp_path / "metrics.jsonl").touch()
+    assert "a signal asked to stop" not in build_report(tmp_path).read_text()
+
+
+def test_the_report_of_the_last_evaluation_does_not_call_the_run_unfinished(tmp_path):
+    (tmp_path / "config.yaml").write_text("game: {rounds: 1}")
+    for defender, status in ((0, "not finished"), (1, "all rounds are played")):
+        write_table(predictions_path(tmp_path, defender, "clean"), [Prediction("a", "clean", "t", "A", True, "A")])
+        assert status in build_report(tmp_path).read_text()
+    (tmp_path / "FINISHED").touch()
+    assert "· finished" in build_report(tmp_path).read_text()
 
 
 def test_texts_of_data_and_models_cannot_become_markup(tmp_path):
