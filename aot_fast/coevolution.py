@@ -17,7 +17,7 @@ from aot_fast.defender import dapo
 from aot_fast.defender.answers import answerer
 from aot_fast.defender.groups import collect
 from aot_fast.defender.model import export_defender
-from aot_fast.engine import TooManyBadSteps, close_runtime, open_runtime
+from aot_fast.engine import TooManyBadSteps, close_runtime, on_rank_0, open_runtime
 from aot_fast.evaluation.heldout import evaluate
 from aot_fast.game import Game, Stopped, backend, judge_of
 from aot_fast.run_folder import open_folder, write_exit
@@ -90,7 +90,7 @@ def export_players(game: Game) -> None:
 def launch(config: Config, fresh: bool = False) -> int:
     """Play or continue the run of `config` on this process; returns its exit code, which also stands in `exit.json`."""
     runtime = open_runtime(config.engine, config.run)
-    folder, finished = runtime.broadcast(open_folder(config, fresh) if runtime.rank == 0 else None)
+    folder, finished = on_rank_0(runtime, lambda: open_folder(config, fresh))
     if finished:
         if runtime.rank == 0:
             print(f"{folder} is finished; its report is {folder}/report.html (use --fresh to play again)")

@@ -43,6 +43,7 @@ def attackable(game: Game) -> Pictures:
         random.Random(game.seed("attackable")).shuffle(order)
         found: list[int] = []
         while order and len(found) < wanted:
+            game.check_stop()
             chunk, order = order[:CHUNK], order[CHUNK:]
             found += _solvable_of(game, examples, chunk)
         if game.runtime.rank == 0:
@@ -95,6 +96,7 @@ def _edits(game: Game) -> list[Picture]:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
     for start in range(0, len(questions), CHUNK):
+        game.check_stop()
         chunk = [questions[i] for i in range(start, min(start + CHUNK, len(questions)))]
         own = _edit_and_check(game, chunk, folder)
         records += [record for part in game.runtime.gather(own) for record in part]

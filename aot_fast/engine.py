@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +94,20 @@ def open_runtime(engine: EngineConfig, run: RunConfig) -> Runtime:
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(seconds=engine.timeout_s), auto_mpi_discovery=False)
     precision = {"auto": "bf16" if cuda else "fp32"}.get(engine.precision, engine.precision)
     return Runtime(dist.get_rank(), world, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def on_rank_0(runtime: Runtime, work: Callable[[], T]) -> T:
+    """Rank 0's result of `work` on every rank; a ValueError there is raised on all, so that none is left waiting."""
+    result, error = None, None
+    if runtime.rank == 0:
+        try:
+            result = work()
+        except ValueError as raised:
+            error = raised
+    result, error = runtime.broadcast((result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def close_runtime() -> None:

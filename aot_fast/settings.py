@@ -199,7 +199,10 @@ POSITIVE = (
     "attacker.condition_pixels attacker.guidance reward.trials curation.num_questions "
     "curation.edits_per_question checkpoint.every checkpoint.keep metrics.every"
 ).split()
-UNIT = "defender.top_p attacker.ema_decay curation.clean_share curation.replay_share curation.hard_share data.max_bad_fraction data.heldout_fraction".split()
+UNIT = (
+    "defender.top_p attacker.ema_decay curation.clean_share curation.replay_share curation.hard_share data.max_bad_fraction "
+    "data.heldout_fraction"
+).split()
 NOT_NEGATIVE = (
     "data.num_train data.num_heldout defender.temperature defender.beta defender.entropy_coef attacker.eta attacker.beta attacker.clip "
     "game.warmup_steps game.rounds game.attacker_steps game.defender_steps run.stop_after run.threads reward.pad reward.temperature "

@@ -13,7 +13,7 @@ from aot_fast.data.images import ImageStore, load_image
 from aot_fast.data.questions import read_questions, split_heldout
 from aot_fast.data.scenes import write_world
 from aot_fast.data.schema import Example, Question
-from aot_fast.engine import Runtime
+from aot_fast.engine import Runtime, on_rank_0
 from aot_fast.metrics import atomic_write_text
 
 WORLD_TRAIN, WORLD_HELDOUT = 2000, 500
@@ -84,14 +84,7 @@ def open_data(config: DataConfig, run_folder: Path, seed: int, runtime: Runtime)
 
     Raises ValueError for a bad line, or when too many images are bad (RELIABILITY.md, "Data").
     """
-    error = ""
-    if runtime.rank == 0:
-        try:
-            _prepare(config, run_folder, seed)
-        except ValueError as bad:
-            error = str(bad)
-    if error := runtime.broadcast(error):
-        raise ValueError(error)
+    on_rank_0(runtime, lambda: _prepare(config, run_folder, seed))
     return tuple(_read_prepared(run_folder, name, config) for name in ("train", "heldout"))
 
 

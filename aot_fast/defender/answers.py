@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from aot_fast.data.answers import is_correct, parse_answer
+from aot_fast.data.answers import score
 from aot_fast.data.schema import Answer, Example
 from aot_fast.defender.model import Defender
 from aot_fast.defender.rollout import Sampling, sample
@@ -21,11 +21,6 @@ def answerer(defender: Defender) -> Answerer:
     def answer(examples: Sequence[Example], trials: int, temperature: float, seeds: Sequence[int]) -> list[list[Answer]]:
         sampling = Sampling(trials, temperature, defender.config.top_p, defender.config.max_response_tokens)
         groups = sample(defender, examples, seeds, sampling)
-        return [[judged(r.text, example) for r in responses] for example, responses in zip(examples, groups)]
+        return [[score(example.question, r.text) for r in responses] for example, responses in zip(examples, groups)]
 
     return answer
-
-
-def judged(text: str, example: Example) -> Answer:
-    parsed = parse_answer(text, example.question.options)
-    return Answer(text, parsed, is_correct(parsed, example.question))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from aot_fast.config import DefenderConfig
-from aot_fast.data.answers import is_correct, parse_answer
+from aot_fast.data.answers import score
 from aot_fast.data.schema import Question
 
 Reward = Callable[[str, Question], tuple[float, bool]]
@@ -17,14 +17,14 @@ EXACT_BOX = re.compile(r"\\boxed\{([A-Z])\}")
 
 def aot(text: str, question: Question) -> tuple[float, bool]:
     """AOT's reward: 0.8 for the right answer, 0.2 more when it also stands in an exact `\\boxed{LETTER}`; wrong or unparseable is 0."""
-    correct = is_correct(parse_answer(text, question.options), question)
+    correct = score(question, text).correct
     boxed = EXACT_BOX.findall(text) if question.options else re.findall(r"\\boxed\{[^{}]+\}", text)
     return (0.8 + 0.2 * bool(boxed)) * correct, correct
 
 
 def exact(text: str, question: Question) -> tuple[float, bool]:
     """1 for the right answer, else 0."""
-    correct = is_correct(parse_answer(text, question.options), question)
+    correct = score(question, text).correct
     return float(correct), correct
 
 

@@ -71,6 +71,7 @@ def stored(game: Game, clean: Pictures, on: str) -> Pictures:
             image_path(game.folder, name, "x").parent.mkdir(parents=True, exist_ok=True)
         rows: list[Edit] = []
         for start in range(0, len(clean), CHUNK):
+            game.check_stop()
             chunk = [clean[i] for i in range(start, min(start + CHUNK, len(clean)))]
             rows += [row for part in game.runtime.gather(_make(game, chunk, on, attacker_round)) for row in part]
         if game.runtime.rank == 0:
@@ -105,6 +106,7 @@ def predict(game: Game, defender: Defender, number: int, on: str, pictures: Pict
     answer, rows = answerer(defender), []
     with defender.whole():
         for start in range(0, len(pictures), CHUNK * game.runtime.world):
+            game.check_stop()
             chunk = range(start, min(start + CHUNK * game.runtime.world, len(pictures)))
             own = [pictures[chunk[i]] for i in game.runtime.mine(len(chunk))]
             for example, (given,) in zip(own, answer(own, 1, 0.0, [0] * len(own))):

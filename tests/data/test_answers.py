@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from aot_fast.data.answers import parse_answer, score
 from aot_fast.data.schema import Question
-from aot_fast.evaluation.scoring import parse_answer, score
 from aot_fast.evaluation.statistics import Share, paired_difference, wilson
 
 OPTIONS = ("red", "dark red", "left of the mug", "no")
