@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from aot_fast.kernels.metrics import masked_max
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aot_fast.kernels as K
-from aot_fast.kernels.metrics import masked_max
 
 from . import oracle
 from .oracle import FP32, error
