@@ -18,7 +18,7 @@ from aot_fast.defender.answers import answerer
 from aot_fast.defender.groups import collect
 from aot_fast.defender.model import export_defender
 from aot_fast.engine import TooManyBadSteps, close_runtime, on_rank_0, open_runtime
-from aot_fast.evaluation.heldout import evaluate
+from aot_fast.evaluation.heldout import evaluate, publish
 from aot_fast.game import Game, Stopped, backend, judge_of
 from aot_fast.run_folder import open_folder, write_exit
 
@@ -102,6 +102,7 @@ def launch(config: Config, fresh: bool = False) -> int:
             try:
                 play(game)
                 game.finish()
+                publish(game)
             except Stopped as stop:
                 game.save()
                 code, reason = (EXIT_SIGNAL if game.stop.signal else 0), f"stopped: {stop}; the same command continues"

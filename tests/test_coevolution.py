@@ -95,7 +95,7 @@ def test_exported_players_load_in_plain_transformers_and_diffusers(unbroken):
     _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(players / "defender_1", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     editor = QwenImageTransformer2DModel.from_pretrained(ASSETS / "tiny" / "attacker" / "transformer")
-    editor.load_lora_adapter(players / "attacker_1", prefix="transformer")
+    editor.load_lora_adapter(str(players / "attacker_1"), use_safetensors=True)
     assert any("lora" in name for name, _ in editor.named_parameters())
 
 

@@ -76,7 +76,7 @@ class Pictures(Sequence[Example]):
     @staticmethod
     def read(path: Path, split: Split) -> Pictures:
         """Inverse of `save`."""
-        return Pictures([Picture(**json.loads(line)) for line in path.read_text().splitlines()], split)
+        return Pictures([Picture(**json.loads(line)) for line in _lines(path)], split)
 
 
 def open_data(config: DataConfig, run_folder: Path, seed: int, runtime: Runtime) -> tuple[Split, Split]:
@@ -121,9 +121,14 @@ def _user_sets(config: DataConfig, seed: int) -> dict[str, tuple[list[Question],
 
 
 def _read_prepared(run_folder: Path, name: str, config: DataConfig) -> Split:
-    head, *lines = (run_folder / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    head, *lines = _lines(run_folder / "data" / f"{name}.jsonl")
     store = ImageStore(json.loads(head)["images"], config.max_image_pixels)
     return Split([_question(json.loads(line)) for line in lines], store)
+
+
+def _lines(path: Path) -> list[str]:
+    # Not splitlines(): a question may hold a U+2028, which JSON leaves as it is.
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _question(record: dict) -> Question:

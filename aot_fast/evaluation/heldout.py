@@ -40,11 +40,19 @@ def evaluate(game: Game) -> None:
             defender = game.defender if j == round else game.frozen_defender(j)
             for on in missing:
                 predict(game, defender, j, on, sources[on])
+    publish(game)
+
+
+def publish(game: Game) -> None:
+    """Write `summary.json` and `report.html` of what there is; a failing report is said and costs the report only. A collective."""
     if game.runtime.rank == 0:
         from aot_fast.report import build_report  # matplotlib, on the rank that draws
 
-        summarise(game.folder, game.config, game.spans.totals())
-        build_report(game.folder)
+        try:
+            summarise(game.folder, game.config, game.spans.totals())
+            build_report(game.folder)
+        except Exception as error:  # hours of training must not end in a plot
+            game.tracker.say(f"warning: the report was not written: {type(error).__name__}: {error}; try `aot-fast report {game.folder}`")
     game.runtime.barrier()
 
 
