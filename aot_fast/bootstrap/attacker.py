@@ -6,6 +6,7 @@ Shapes: N questions, K edits of each, B batch, L prompt tokens, H width of the t
 from __future__ import annotations
 
 import math
+import multiprocessing
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from aot_fast.bootstrap.integrity import box_integrity
 from aot_fast.bootstrap.training import Plan, save_atomically, train
 from aot_fast.bootstrap.vae import decode_latents, encode_pictures
 from aot_fast.data.implant import implant
-from aot_fast.data.scenes import make_question
+from aot_fast.data.scenes import make_question, render
 from aot_fast.data.schema import Question, edit_prompt
 
 CONFIG = {
@@ -124,16 +125,27 @@ def _to_images(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
 
 
-def build_pool(
-    vae: AutoencoderKLQwenImage, encoder: Qwen2_5_VLForConditionalGeneration, num_questions: int, seed: int, path: Path
-) -> EditPool:
-    """Encode the pairs of the bootstrap split, or read them from `path`."""
+def encode_pairs(vae: AutoencoderKLQwenImage, num_questions: int, seed: int, path: Path) -> tuple[Tensor, Tensor]:
+    """Latents of the bootstrap split's pairs, [N, 64, 64] and [N, K, 64, 64]; kept in `path`."""
     if not path.exists():
-        questions, pictures, edits = draw_edits("bootstrap", 0, num_questions, seed)
-        embeds, mask = encode_prompts(encoder, _to_images(pictures), [edit_prompt(question.question) for question in questions])
+        _, pictures, edits = draw_edits("bootstrap", 0, num_questions, seed)
         target = encode_reference(vae, edits.flatten(0, 1)).unflatten(0, edits.shape[:2])
-        save_atomically((encode_reference(vae, pictures).half(), target.half(), embeds.half(), mask), path)
-    return EditPool(*torch.load(path, weights_only=True))
+        save_atomically((encode_reference(vae, pictures).half(), target.half()), path)
+    return torch.load(path, weights_only=True)
+
+
+def build_pool(
+    vae: AutoencoderKLQwenImage, encoder: Qwen2_5_VLForConditionalGeneration, num_questions: int, seed: int, folder: Path
+) -> EditPool:
+    """Encode the pairs of the bootstrap split and their prompts, or read them from `folder`."""
+    reference, target = encode_pairs(vae, num_questions, seed, folder / "pairs.pt")
+    path = folder / "prompts.pt"
+    if not path.exists():
+        pairs = [make_question("bootstrap", index, IMAGE_PX) for index in range(num_questions)]
+        images, prompts = zip(*((render(scene, IMAGE_PX), edit_prompt(question.question)) for scene, question in pairs))
+        embeds, mask = encode_prompts(encoder, images, prompts)
+        save_atomically((embeds.half(), mask), path)
+    return EditPool(reference, target, *torch.load(path, weights_only=True))
 
 
 def shift_mu(num_tokens: int) -> float:
@@ -196,9 +208,12 @@ def train_attacker(
     """Train from scratch, or from the state in `folder`."""
     torch.manual_seed(plan.seed)
     transformer = QwenImageTransformer2DModel(**CONFIG)
-    pool = build_pool(vae, encoder, num_questions, plan.seed, folder / "pool.pt")
+    pool = build_pool(vae, encoder, num_questions, plan.seed, folder)
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        # In a process of its own, it must not outlive a killed parent: the resumed run would find two writers.
+        if (parent := multiprocessing.parent_process()) and not parent.is_alive():
+            raise SystemExit("the bootstrap that started this training is gone")
         return flow_matching_loss(transformer, pool, BATCH, generator), {}
 
     return train(transformer, batch_loss, plan, folder, stop_at)
@@ -217,6 +232,7 @@ def changed_outside(before: Tensor, after: Tensor, questions: Sequence[Question]
 def attack_metrics(
     transformer: QwenImageTransformer2DModel,
     vae: AutoencoderKLQwenImage,
+    encoder: Qwen2_5_VLForConditionalGeneration,
     defender: Qwen2_5_VLForConditionalGeneration,
     split: str,
     num_questions: int,
@@ -226,7 +242,7 @@ def attack_metrics(
     """Integrity of sampled edits, how often something else changed, and what the Defender makes of them; optionally a contact sheet."""
     questions, pictures, edits = draw_edits(split, 0, num_questions, seed=0)
     reference = encode_reference(vae, pictures)
-    embeds, mask = encode_prompts(defender, _to_images(pictures), [edit_prompt(question.question) for question in questions])
+    embeds, mask = encode_prompts(encoder, _to_images(pictures), [edit_prompt(question.question) for question in questions])
     generator = torch.Generator().manual_seed(0)
     parts = zip(*(tensor.split(100) for tensor in (reference, embeds, mask)))
     sampled = decode_tokens(vae, torch.cat([sample_edits(transformer, *part, num_steps, generator) for part in parts]))

@@ -19,19 +19,32 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from aot_fast.bootstrap.facts import REQUEST, facts
 from aot_fast.bootstrap.folders import IMAGE_PX, PATCH_PX, build_tokenizer, image_processor
 from aot_fast.bootstrap.training import Plan, train
-from aot_fast.data.scenes import COLORS, SHAPES, SPLITS, Scene, make_question, render, sample_question, sample_scene
+from aot_fast.data.implant import matches
+from aot_fast.data.scenes import COLORS, SHAPES, SPLITS, Scene, make_question, plural, render, sample_question, sample_scene
 from aot_fast.data.schema import LETTERS, Question, question_text
 
-PLAN = Plan(steps=2600, lr=2e-3, warmup_steps=150, weight_decay=0.02, ema_decay=0.998, seed=2)
+SIGHT_PLAN = Plan(steps=1400, lr=2e-3, warmup_steps=100, weight_decay=0.02, ema_decay=0.995)
+"""The vision tower alone, on what its probe asks: six times cheaper a picture than with the language model, which waits for it anyway."""
+SIGHT_PICTURES = 48
+PLAN = Plan(steps=2600, lr=1.5e-3, warmup_steps=100, weight_decay=0.02, ema_decay=0.998, seed=2)
+ENCODER_STEPS = 400
+"""The Attacker's text encoder is the Defender at this step: it reads a question's words, and the rest of the training is about answers."""
 PICTURES = 24
-QUESTIONS_PER_PICTURE = 4
-OPEN_SHARE = 0.15
-"""Questions asked without options, as the uniqueness judge counts and as a user's data may."""
+QUESTIONS_PER_PICTURE = 3
+OPEN_SHARE = 0.1
+"""Questions asked without options, as a user's data may."""
+JUDGE_SHARE = 0.12
+"""Questions put as the uniqueness judge puts them: how many of a named thing, with the options below in this order."""
+JUDGE_OPTIONS = ("0", "1", "2", "3 or more")
 CELLS = IMAGE_PX // (2 * PATCH_PX)
 AUXILIARY_WEIGHT = 1.0
+Exchange = tuple[str, str]
+"""What follows the picture: the rest of the user's turn, and the response."""
 ATTRIBUTES = (*COLORS, *SHAPES)
+NAMES = {"shape": SHAPES, "color": tuple(COLORS)}
 
 
 def defender_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
@@ -45,6 +58,8 @@ def defender_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
+        # The usual 0.02 leaves attention at this width nearly uniform: after 800 steps not even the options were read.
+        "initializer_range": 0.08,
         "bos_token_id": None,
         "eos_token_id": token["<|im_end|>"],
         "pad_token_id": token["<|endoftext|>"],
@@ -59,6 +74,7 @@ def defender_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
         "patch_size": PATCH_PX,
         "window_size": 32,
         "fullatt_block_indexes": [1, 3],
+        "initializer_range": 0.08,
     }
     return Qwen2_5_VLConfig(
         text_config=text,
@@ -87,9 +103,13 @@ def prefix_text(num_image_tokens: int = CELLS**2) -> str:
     return f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{picture}"
 
 
+def turn_text(text: str) -> str:
+    """The rest of the user's turn and the start of the response."""
+    return f"{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def branch_text(question: Question) -> str:
-    """The rest of the user's turn and the start of the answer."""
-    return f"{question_text(question.question, question.options or None)}<|im_end|>\n<|im_start|>assistant\n"
+    return turn_text(question_text(question.question, question.options or None))
 
 
 def response_text(question: Question) -> str:
@@ -134,16 +154,20 @@ def _prefix_positions(model: Qwen2_5_VLForConditionalGeneration, prefix: Tensor)
     return model.model.get_rope_index(prefix[None], image_grid_thw=grid, mm_token_type_ids=is_image, attention_mask=mask)[0][:, 0]
 
 
-def pack_rows(model: nn.Module, tokenizer: Qwen2Tokenizer, pictures: Tensor, questions: Sequence[Sequence[Question]]) -> Rows:
-    """K questions about each of B pictures as shared-prefix rows."""
+def exchange(question: Question) -> Exchange:
+    return branch_text(question), response_text(question)
+
+
+def pack_rows(model: nn.Module, tokenizer: Qwen2Tokenizer, pictures: Tensor, exchanges: Sequence[Sequence[Exchange]]) -> Rows:
+    """K exchanges about each of B pictures as shared-prefix rows."""
     prefix = tokenizer(prefix_text(), return_tensors="pt").input_ids[0]
     prefix_positions = _prefix_positions(model, prefix)
     start = int(prefix_positions.max()) + 1
     rows = []
-    for row in questions:
+    for row in exchanges:
         ids, branch, offset, response = [], [], [], []
-        for k, question in enumerate(row):
-            asked, answer = (tokenizer(text).input_ids for text in (branch_text(question), response_text(question)))
+        for k, texts in enumerate(row):
+            asked, answer = (tokenizer(text).input_ids for text in texts)
             ids += asked + answer
             branch += [k + 1] * (len(asked) + len(answer))
             offset += range(start, start + len(asked) + len(answer))
@@ -200,21 +224,27 @@ def _probe_loss(output_BPA: Tensor, target_BPA: Tensor) -> Tensor:
     return 5 * names + (place * present).sum() / present.sum()
 
 
+def image_features(model: Qwen2_5_VLForConditionalGeneration, pixel_values: Tensor, grids_B3: Tensor) -> Tensor:
+    """The merger's output, [B, P, H]."""
+    features = model.model.get_image_features(pixel_values, grids_B3).pooler_output
+    features = torch.cat(list(features)) if isinstance(features, (tuple, list)) else features
+    return features.view(len(grids_B3), CELLS**2, -1)
+
+
 def answer_logits(model: Qwen2_5_VLForConditionalGeneration, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [R, V] of the answers' tokens, these tokens [R], and the image features [B, P, H]."""
     core = model.model
-    features = core.get_image_features(rows.pixel_values, rows.grids_B3).pooler_output
-    features = torch.cat(list(features)) if isinstance(features, (tuple, list)) else features
+    features = image_features(model, rows.pixel_values, rows.grids_B3)
     embeds = core.get_input_embeddings()(rows.input_ids_BT)
     is_image = (rows.input_ids_BT == model.config.image_token_id)[..., None].expand_as(embeds)
     hidden = core.language_model(
-        inputs_embeds=embeds.masked_scatter(is_image, features.to(embeds.dtype)),
+        inputs_embeds=embeds.masked_scatter(is_image, features),
         position_ids=rows.position_ids_3BT,
         attention_mask={"full_attention": rows.mask_BTT[:, None]},
         use_cache=False,
     ).last_hidden_state
     targets = rows.input_ids_BT.roll(-1, 1)[rows.response_BT]
-    return model.lm_head(hidden[rows.response_BT]), targets, features.view(len(rows.input_ids_BT), CELLS**2, -1)
+    return model.lm_head(hidden[rows.response_BT]), targets, features
 
 
 def picture_of(scene: Scene) -> Tensor:
@@ -222,27 +252,70 @@ def picture_of(scene: Scene) -> Tensor:
     return torch.from_numpy(np.array(render(scene, IMAGE_PX))).permute(2, 0, 1)
 
 
-def _draw_examples(generator: torch.Generator) -> tuple[list[Scene], list[list[Question]]]:
+def judge_question(scene: Scene, rng: random.Random) -> Question:
+    """How many of a named thing there are, which may be in the picture or not."""
+    shapes, colors = (rng.choice((getattr(rng.choice(scene.objects), key), rng.choice(names))) for key, names in NAMES.items())
+    name = rng.choice((shapes, f"{colors} object", f"{colors} {shapes}"))
+    count = sum(matches(item, name) for item in scene.objects)
+    asked = name if rng.random() < 0.5 else plural(name)
+    return Question("", "", f"How many {asked} are there?", LETTERS[min(count, 3)], JUDGE_OPTIONS, kind="judge")
+
+
+def _draw_question(scene: Scene, rng: random.Random) -> Question:
+    style = rng.random()
+    if style < JUDGE_SHARE:
+        return judge_question(scene, rng)
+    question = sample_question(scene, rng, IMAGE_PX)
+    return without_options(question) if style < JUDGE_SHARE + OPEN_SHARE else question
+
+
+def _draw_examples(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
     """Fresh bootstrap scenes at every step: nothing can be memorised."""
     split = SPLITS["bootstrap"]
     seeds = torch.randint(len(split), (PICTURES,), generator=generator).tolist()
-    scenes, questions = [sample_scene(split[seed]) for seed in seeds], []
+    scenes, exchanges = [sample_scene(split[seed]) for seed in seeds], []
     for seed, scene in zip(seeds, scenes):
         rng = random.Random(f"sft {seed}")
-        row = [sample_question(scene, rng, IMAGE_PX) for _ in range(QUESTIONS_PER_PICTURE)]
-        questions.append([without_options(q) if rng.random() < OPEN_SHARE else q for q in row])
-    return scenes, questions
+        row = [exchange(_draw_question(scene, rng)) for _ in range(QUESTIONS_PER_PICTURE)]
+        exchanges.append([*row, (turn_text(REQUEST), facts(scene, rng) + "<|im_end|>")])
+    return scenes, exchanges
 
 
-def train_defender(folder: Path, plan: Plan = PLAN, stop_at: int | None = None) -> Qwen2_5_VLForConditionalGeneration:
-    """SFT from scratch, or from the state in `folder`."""
-    tokenizer, model = build_tokenizer(), WithProbe(build_defender(plan.seed))
+def train_sight(model: WithProbe, folder: Path, plan: Plan, stop_at: int | None = None) -> None:
+    """Train the vision tower and its probe in place; the language model stays as it is."""
+    split = SPLITS["bootstrap"]
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        scenes, questions = _draw_examples(generator)
-        rows = pack_rows(model.defender, tokenizer, torch.stack([picture_of(scene) for scene in scenes]), questions)
+        seeds = torch.randint(len(split), (SIGHT_PICTURES,), generator=generator).tolist()
+        scenes = [sample_scene(split[seed]) for seed in seeds]
+        features = image_features(model.defender, *patchify(torch.stack([picture_of(scene) for scene in scenes])))
+        output, target = model.probe(features), torch.stack([probe_targets(scene) for scene in scenes])
+        present = target[..., -3] > 0
+        shapes = slice(len(COLORS), len(ATTRIBUTES))
+        right = output[present][:, shapes].argmax(-1) == target[present][:, shapes].argmax(-1)
+        return _probe_loss(output, target), {"shape_accuracy": right.float().mean().item()}
+
+    language = [*model.defender.model.language_model.parameters(), *model.defender.lm_head.parameters()]
+    for parameter in language:
+        parameter.requires_grad_(False)
+    train(model, batch_loss, plan, folder, stop_at)
+    for parameter in language:
+        parameter.requires_grad_(True)
+
+
+def train_defender(
+    folder: Path, plan: Plan = PLAN, sight_steps: int = SIGHT_PLAN.steps, stop_at: int | None = None
+) -> Qwen2_5_VLForConditionalGeneration:
+    """Vision, then SFT; from scratch, or from the states in `folder`."""
+    tokenizer, model = build_tokenizer(), WithProbe(build_defender(plan.seed))
+    train_sight(model, folder / "sight", replace(SIGHT_PLAN, steps=sight_steps, seed=plan.seed))
+
+    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        scenes, exchanges = _draw_examples(generator)
+        rows = pack_rows(model.defender, tokenizer, torch.stack([picture_of(scene) for scene in scenes]), exchanges)
         logits, targets, features = answer_logits(model.defender, rows)
-        answer_loss = F.cross_entropy(logits, targets)
+        # Summed over an answer: only its word and its letter carry information, the rest is format.
+        answer_loss = F.cross_entropy(logits, targets, reduction="sum") / (PICTURES * (QUESTIONS_PER_PICTURE + 1))
         probe_loss = _probe_loss(model.probe(features), torch.stack([probe_targets(scene) for scene in scenes]))
         right = (logits.argmax(-1) == targets).float().mean()
         return answer_loss + AUXILIARY_WEIGHT * probe_loss, {

@@ -71,7 +71,7 @@ def _lexicon() -> list[str]:
         question_text("", ["a"]),
         question_text("", None),
     ]
-    frames += [" ", "\n", ".", ",", "?", "!", ":", "Picture 1: ", "Video 1: ", "and or not an a the with"]
+    frames += [" ", "\n", ".", ",", "?", "!", ":", "Picture 1: ", "Video 1: ", "and or more less not an a the with"]
     letters = [f"\n{letter}. {letter} \\boxed{{{letter}}}" for letter in LETTERS]
     words = [f"{name} {name} \\boxed{{{name}}}" for name in (*names, *"0123456789")]
     return questions + frames + letters + words

@@ -28,7 +28,7 @@ class Plan:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     """0 keeps no average of the weights."""
-    save_every: int = 200
+    save_every: int = 100
     log_every: int = 50
     seed: int = 0
 

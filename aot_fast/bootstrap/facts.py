@@ -1,0 +1,50 @@
+"""True statements about a scene in few words: what the small Defender reads pictures from before it can answer questions.
+
+A question has one informative word in about forty-five tokens, a list of facts one in four. From questions alone 250,000 of them left
+relations at chance and 55 % right in all.
+"""
+
+from __future__ import annotations
+
+import random
+
+from aot_fast.data.implant import matches
+from aot_fast.data.scenes import COLORS, RELATION_MARGIN, SHAPES, Scene, plural
+
+REQUEST = "Describe the picture."
+FACTS_PER_PICTURE = 9
+
+
+def _attribute(scene: Scene, rng: random.Random) -> str | None:
+    item = rng.choice(scene.objects)
+    if rng.random() < 0.5:
+        unique = sum(other.shape == item.shape for other in scene.objects) == 1
+        return f"the {item.shape} is {item.color}." if unique else None
+    unique = sum(other.color == item.color for other in scene.objects) == 1
+    return f"the {item.color} object is a {item.shape}." if unique else None
+
+
+def _relation(scene: Scene, rng: random.Random) -> str | None:
+    first, second = rng.sample(scene.objects, 2)
+    if any(matches(other, item.name) and other is not item for item in (first, second) for other in scene.objects):
+        return None
+    words = []
+    if abs(first.x - second.x) >= RELATION_MARGIN:
+        words.append("left of" if first.x < second.x else "right of")
+    if abs(first.y - second.y) >= RELATION_MARGIN:
+        words.append("above" if first.y < second.y else "below")
+    return f"the {first.name}, the {second.name}: {rng.choice(words)}." if words else None
+
+
+def _count(scene: Scene, rng: random.Random) -> str:
+    item = rng.choice(scene.objects)
+    shape, color = rng.choice((item.shape, rng.choice(SHAPES))), rng.choice((item.color, rng.choice(list(COLORS))))
+    name = rng.choice((shape, f"{color} object", f"{color} {shape}"))
+    count = sum(matches(other, name) for other in scene.objects)
+    return f"a {name}? {'yes' if count else 'no'}." if rng.random() < 0.5 else f"{plural(name)}: {count}."
+
+
+def facts(scene: Scene, rng: random.Random) -> str:
+    """A random list of facts; what is ambiguous is left out."""
+    drawn = [rng.choice((_attribute, _relation, _relation, _count))(scene, rng) for _ in range(FACTS_PER_PICTURE)]
+    return " ".join(fact for fact in drawn if fact)

@@ -1,0 +1,126 @@
+"""The three trainings continue to the bit where they were killed; shared rows equal separate ones; the driver leaves loadable folders."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage
+from PIL import Image
+
+from aot_fast.bootstrap import attacker, defender, vae
+from aot_fast.bootstrap.folders import build_tokenizer, image_processor
+from aot_fast.bootstrap.integrity import box_integrity, ssim
+from aot_fast.bootstrap.run import bootstrap
+from aot_fast.data.scenes import render
+
+SHORT = {"steps": 5, "warmup_steps": 2, "save_every": 100, "log_every": 1}
+STOP = 3
+
+
+def _vae(folder, stop_at=None):
+    return vae.train_vae(folder, replace(vae.PLAN, **SHORT), num_scenes=8, stop_at=stop_at)
+
+
+def _defender(folder, stop_at=None):
+    return defender.train_defender(folder, replace(defender.PLAN, **SHORT), stop_at=stop_at)
+
+
+def _attacker(folder, stop_at=None):
+    torch.manual_seed(0)
+    codec, encoder = vae.use_image_convolutions(AutoencoderKLQwenImage(**vae.CONFIG)), defender.build_defender(0).eval()
+    return attacker.train_attacker(codec, encoder, folder, replace(attacker.PLAN, **SHORT), num_questions=6, stop_at=stop_at)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    for module, name, value in ((vae, "BATCH", 4), (defender, "PICTURES", 2), (attacker, "BATCH", 2)):
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.parametrize("train", [_vae, _defender, _attacker])
+def test_a_killed_training_continues_to_the_bit(train, tmp_path, small_batches):
+    whole = train(tmp_path / "whole").state_dict()
+    train(tmp_path / "parts", stop_at=STOP)
+    assert torch.load(tmp_path / "parts" / "state.pt")["step"] == STOP
+    continued = train(tmp_path / "parts").state_dict()
+    assert all(torch.equal(value, continued[name]) for name, value in whole.items())
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, small_batches):
+    first = _vae(tmp_path).state_dict()
+    lines = (tmp_path / "train.jsonl").read_text()
+    assert all(torch.equal(value, first[name]) for name, value in _vae(tmp_path).state_dict().items())
+    assert (tmp_path / "train.jsonl").read_text() == lines
+
+
+def test_image_convolutions_change_nothing():
+    torch.manual_seed(0)
+    codec, x = AutoencoderKLQwenImage(**vae.CONFIG).eval(), torch.rand(2, 3, 1, 64, 64) * 2 - 1
+    with torch.no_grad():
+        latents = codec.encode(x).latent_dist.mode()
+        picture = codec.decode(latents).sample
+        vae.use_image_convolutions(codec)
+        torch.testing.assert_close(codec.encode(x).latent_dist.mode(), latents, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(codec.decode(latents).sample, picture, rtol=1e-5, atol=1e-5)
+
+
+def test_shared_rows_give_the_logits_of_separate_prompts():
+    model, tokenizer = defender.build_defender(0).eval(), build_tokenizer()
+    scenes, exchanges = defender._draw_examples(torch.Generator().manual_seed(0))
+    scenes, exchanges = scenes[:2], exchanges[:2]
+    rows = defender.pack_rows(model, tokenizer, torch.stack([defender.picture_of(scene) for scene in scenes]), exchanges)
+    with torch.no_grad():
+        logits, targets, _ = defender.answer_logits(model, rows)
+        start = 0
+        for scene, row in zip(scenes, exchanges):
+            for asked, response in row:
+                answer = tokenizer(response, return_tensors="pt").input_ids[0]
+                text = defender.prefix_text(1) + asked + response
+                inputs = defender.chat_inputs(tokenizer, [render(scene, 64)], [text], model.config.image_token_id)
+                alone = model(**inputs).logits[0, -len(answer) - 1 : -1]
+                assert torch.equal(targets[start : start + len(answer)], answer)
+                torch.testing.assert_close(logits[start : start + len(answer)], alone, rtol=1e-4, atol=1e-5)
+                start += len(answer)
+
+
+def test_patches_are_the_image_processors():
+    picture = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    expected = image_processor()([Image.fromarray(picture[0].permute(1, 2, 0).numpy())], return_tensors="pt")
+    pixels, grid = defender.patchify(picture)
+    assert torch.equal(pixels, expected["pixel_values"]) and torch.equal(grid, expected["image_grid_thw"])
+
+
+def test_packing_is_the_pipelines():
+    from diffusers import QwenImageEditPipeline
+
+    latents = torch.randn(2, 16, 16, 16)
+    assert torch.equal(attacker.pack_latents(latents), QwenImageEditPipeline._pack_latents(latents, 2, 16, 16, 16))
+    assert torch.equal(attacker.unpack_latents(attacker.pack_latents(latents)), latents)
+
+
+def test_ssim_agrees_with_scikit_image():
+    from skimage.metrics import structural_similarity
+
+    a, b = torch.rand(2, 3, 24, 20, generator=torch.Generator().manual_seed(0)).double()
+    b = 0.7 * a + 0.3 * b
+    options = {"gaussian_weights": True, "sigma": 1.5, "win_size": 11, "use_sample_covariance": False, "data_range": 1.0, "channel_axis": 0}
+    _, full = structural_similarity(a.numpy(), b.numpy(), full=True, **options)
+    assert ssim(a[None], b[None]).item() == pytest.approx(full[:, 5:-5, 5:-5].mean(), abs=1e-9)
+
+
+def test_integrity_sees_a_change_in_the_box_and_only_there():
+    before = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    after = before.clone()
+    after[:, 40:, 40:] = 0
+    inside, outside, corner = box_integrity(before, after, [(44, 44, 12, 12), (4, 4, 12, 12), (61, 0, 3, 3)])
+    assert inside < 0.3 and outside == pytest.approx(1) and corner == pytest.approx(1)
+
+
+def test_the_driver_leaves_folders_that_plain_libraries_load(tmp_path, small_batches, monkeypatch):
+    monkeypatch.setattr("aot_fast.bootstrap.run.FAST_STEPS", 2)
+    card = bootstrap(tmp_path, seed=5, fast=True)
+    loaded = AutoencoderKLQwenImage.from_pretrained(tmp_path / "attacker" / "vae")
+    assert loaded.config.latents_mean != AutoencoderKLQwenImage(**vae.CONFIG).config.latents_mean
+    assert {"vae", "defender", "attacker", "seed", "command"} <= set(card) and (tmp_path / "CARD.md").exists()
+    for part in ("vae", "defender", "attacker"):
+        assert torch.load(tmp_path / "training" / part / "state.pt")["step"] == 2
