@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from aot_fast.data.images import resolve_inside
 from aot_fast.data.schema import LETTERS, Question
 from aot_fast.metrics import atomic_write_text
 
+SPECIAL_TOKEN = re.compile(r"<\|[A-Za-z_]+\|>")
 MAX_ERRORS = 10
 """Errors said at once."""
 
@@ -43,6 +45,13 @@ def _is_box(value: Any) -> bool:
 
 def _check_text(value: Any) -> str:
     return "" if _is_text(value) else "must be a string that is not empty"
+
+
+def _check_spoken(value: Any) -> str:
+    """Texts that go into a prompt: a special token there would pass for a picture or another turn."""
+    texts = value if isinstance(value, list) else [value]
+    found = next((match[0] for text in texts if isinstance(text, str) and (match := SPECIAL_TOKEN.search(text))), None)
+    return f"holds the special token {found}; take it out" if found else ""
 
 
 def _check_options(value: Any) -> str:
@@ -86,6 +95,8 @@ FIELDS: dict[str, Callable[[Any], str]] = {
     "scene": _check_scene,
 }
 """Rule of each key: the broken rule and its fix in words, or nothing."""
+SPOKEN = ("question", "options", "target_names")
+"""Keys whose texts go into a prompt."""
 REQUIRED = ("id", "image", "question", "answer", "target_boxes")
 
 
@@ -97,7 +108,7 @@ def _field_errors(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if key not in record:
             yield key, "is missing; every line needs it"
     for key, check in FIELDS.items():
-        if key in record and (rule := check(record[key])):
+        if key in record and (rule := check(record[key]) or (key in SPOKEN and _check_spoken(record[key]))):
             yield key, f"{_show(record[key])} {rule}"
 
 
