@@ -67,9 +67,10 @@ class CountingJudge:
         self._warn(sum(not edit.example.question.target_names for edit in edits))
         originals: dict[tuple[str, str], Example] = {}  # a group shares its original: counted once
         for edit in edits:
-            picture = edit.example.image.resize(edit.image.size, Resampling.LANCZOS)  # resolution must not decide
-            for name in edit.example.question.target_names:
-                originals.setdefault((edit.example.question.key, name), counting(edit.example.question, name, picture))
+            question = edit.example.question
+            missing = [name for name in question.target_names if (question.key, name) not in originals]
+            picture = edit.example.image.resize(edit.image.size, Resampling.LANCZOS) if missing else None  # resolution must not decide
+            originals |= {(question.key, name): counting(question, name, picture) for name in missing}
         edited = [counting(e.example.question, name, e.image) for e in edits for name in e.example.question.target_names]
         answers = self._counts([*originals.values(), *edited])
         before = dict(zip(originals, answers))

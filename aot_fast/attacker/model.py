@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,14 @@ def reference_off(player: Player) -> Iterator[None]:
 
 
 def export_attacker(attacker: Attacker, folder: Path) -> None:
-    """Write what was trained for plain diffusers and peft, from rank 0. A collective.
+    """Write what was trained for plain diffusers and peft, from rank 0; with an EMA the averages, which are what edits. A collective.
 
     LoRA: `folder/pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`. Full fine-tune: `folder/transformer` for
     `QwenImageTransformer2DModel.from_pretrained`.
     """
     lora = bool(attacker.config.lora.rank)
-    state = whole_state(attacker.player, trainable_only=lora)
+    with attacker.ema.applied() if attacker.ema else nullcontext():
+        state = whole_state(attacker.player, trainable_only=lora)
     module = attacker.player.module
     if attacker.runtime.rank == 0 and lora:
         from diffusers import QwenImageEditPipeline

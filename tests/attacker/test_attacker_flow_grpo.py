@@ -53,13 +53,14 @@ def test_gradient_does_not_depend_on_the_microbatch_or_the_order(extra, base_con
         ScoredGroup(replace(part.group, samples=part.group.samples[::-1], edits=part.group.edits[::-1]), part.verdicts[::-1])
         for part in groups[::-1]
     ]
-    for size, order in ((1, groups), (2, groups), (2, shuffled), (4, shuffled)):
+    for size, order in ((1, groups), (2, shuffled)):
         attacker.config = replace(config, microbatch=size)
         metrics, found = gradients(attacker, order)
         assert relative(found, expected) < 1e-5
         assert metrics["loss"] == pytest.approx(baseline["loss"], abs=1e-5)
-    attacker.player.module.enable_gradient_checkpointing()
-    assert relative(gradients(attacker, groups)[1], expected) < 1e-5
+    if not extra:
+        attacker.player.module.enable_gradient_checkpointing()
+        assert relative(gradients(attacker, groups)[1], expected) < 1e-5
 
 
 def test_loss_is_the_mean_over_samples_and_trained_steps(base_config, load):
@@ -149,7 +150,7 @@ def test_updates_raise_the_probability_and_the_reward_of_rewarded_edits(base_con
     attacker = load(config)
     data = examples(1)
     means = []
-    for step in range(8):
+    for step in range(6):
         groups = rollout(attacker, data, seed=0, round=1, step=step)
         rewards = [float(made.latents.mean()) for made in groups[0].samples]
         means.append(sum(rewards) / len(rewards))
@@ -186,9 +187,7 @@ def test_collect_scores_every_edit(base_config, load):
         return [[Answer("B", "B", False)] * trials for _ in asked]
 
     groups = collect(load(base_config), examples(), RewardConfig(q_low=-1.0, q_high=-0.9), answerer, None, seed=0, round=1, step=0)
-    assert [len(part.verdicts) for part in groups] == [4, 4] and all(
-        reward == 1 for part in groups for reward in [v.reward for v in part.verdicts]
-    )
+    assert [[v.reward for v in part.verdicts] for part in groups] == [[1.0] * 4] * 2
 
 
 def test_replay_batches_hold_equal_shapes_only(base_config, load):

@@ -18,7 +18,7 @@ from tests.attacker.tiny_pipeline import LORA
 
 def forward(module, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    dtype = next(module.parameters()).dtype
+    dtype = next(getattr(module, "module", module).parameters()).dtype  # of a Player: its model's
     return module(
         hidden_states=torch.randn(2, 32, 64, generator=generator).to(dtype),
         timestep=torch.tensor([0.3, 0.8]).to(dtype),
