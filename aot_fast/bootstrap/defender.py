@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from aot_fast.bootstrap.facts import REQUEST, facts
+from aot_fast.bootstrap.facts import REQUEST, facts, letter_drill
 from aot_fast.bootstrap.folders import IMAGE_PX, PATCH_PX, build_tokenizer, image_processor
 from aot_fast.bootstrap.training import Plan, train
 from aot_fast.data.implant import matches
@@ -29,7 +29,7 @@ from aot_fast.data.schema import LETTERS, Question, question_text
 SIGHT_PLAN = Plan(steps=1400, lr=2e-3, warmup_steps=100, weight_decay=0.02, ema_decay=0.995)
 """The vision tower alone, on what its probe asks: six times cheaper a picture than with the language model, which waits for it anyway."""
 SIGHT_PICTURES = 48
-PLAN = Plan(steps=2600, lr=1.5e-3, warmup_steps=100, weight_decay=0.02, ema_decay=0.998, seed=2)
+PLAN = Plan(steps=5000, lr=1.5e-3, warmup_steps=100, weight_decay=0.02, ema_decay=0.998, seed=2)
 ENCODER_STEPS = 400
 """The Attacker's text encoder is the Defender at this step: it reads a question's words, and the rest of the training is about answers."""
 PICTURES = 24
@@ -40,7 +40,9 @@ JUDGE_SHARE = 0.12
 """Questions put as the uniqueness judge puts them: how many of a named thing, with the options below in this order."""
 JUDGE_OPTIONS = ("0", "1", "2", "3 or more")
 CELLS = IMAGE_PX // (2 * PATCH_PX)
-AUXILIARY_WEIGHT = 1.0
+PROBE_WEIGHT = 5.0
+"""Keeps places readable while answers are learned: at 1, the error of an object's place tripled in 600 steps."""
+END = "<|im_end|>"
 Exchange = tuple[str, str]
 """What follows the picture: the rest of the user's turn, and the response."""
 ATTRIBUTES = (*COLORS, *SHAPES)
@@ -115,7 +117,7 @@ def branch_text(question: Question) -> str:
 def response_text(question: Question) -> str:
     """The word, then the letter: the letter is easy to learn once the word is there."""
     answer = question.options[LETTERS.index(question.answer)] if question.options else question.answer
-    return f"{answer} \\boxed{{{question.answer}}}<|im_end|>"
+    return f"{answer} \\boxed{{{question.answer}}}{END}"
 
 
 def without_options(question: Question) -> Question:
@@ -277,7 +279,8 @@ def _draw_examples(generator: torch.Generator) -> tuple[list[Scene], list[list[E
     for seed, scene in zip(seeds, scenes):
         rng = random.Random(f"sft {seed}")
         row = [exchange(_draw_question(scene, rng)) for _ in range(QUESTIONS_PER_PICTURE)]
-        exchanges.append([*row, (turn_text(REQUEST), facts(scene, rng) + "<|im_end|>")])
+        options, letters = letter_drill(rng)
+        exchanges.append([*row, (turn_text(REQUEST), facts(scene, rng) + END), (turn_text(options), letters + END)])
     return scenes, exchanges
 
 
@@ -315,10 +318,10 @@ def train_defender(
         rows = pack_rows(model.defender, tokenizer, torch.stack([picture_of(scene) for scene in scenes]), exchanges)
         logits, targets, features = answer_logits(model.defender, rows)
         # Summed over an answer: only its word and its letter carry information, the rest is format.
-        answer_loss = F.cross_entropy(logits, targets, reduction="sum") / (PICTURES * (QUESTIONS_PER_PICTURE + 1))
+        answer_loss = F.cross_entropy(logits, targets, reduction="sum") / len(exchanges) / len(exchanges[0])
         probe_loss = _probe_loss(model.probe(features), torch.stack([probe_targets(scene) for scene in scenes]))
         right = (logits.argmax(-1) == targets).float().mean()
-        return answer_loss + AUXILIARY_WEIGHT * probe_loss, {
+        return answer_loss + PROBE_WEIGHT * probe_loss, {
             "answer_loss": answer_loss.item(),
             "probe_loss": probe_loss.item(),
             "token_accuracy": right.item(),

@@ -10,7 +10,9 @@ import random
 
 from aot_fast.data.implant import matches
 from aot_fast.data.scenes import COLORS, RELATION_MARGIN, SHAPES, Scene, plural
+from aot_fast.data.schema import LETTERS, question_text
 
+RELATIONS = ("left of", "right of", "above", "below")
 REQUEST = "Describe the picture."
 FACTS_PER_PICTURE = 9
 
@@ -48,3 +50,10 @@ def facts(scene: Scene, rng: random.Random) -> str:
     """A random list of facts; what is ambiguous is left out."""
     drawn = [rng.choice((_attribute, _relation, _relation, _count))(scene, rng) for _ in range(FACTS_PER_PICTURE)]
     return " ".join(fact for fact in drawn if fact)
+
+
+def letter_drill(rng: random.Random) -> tuple[str, str]:
+    """Four options and, as the response, all of them in another order with their letters: finding a word's letter needs no picture."""
+    options = rng.sample(rng.choice((tuple(COLORS), SHAPES, (*COLORS, *SHAPES, *RELATIONS, *"01234", "yes", "no"))), 4)
+    pairs = rng.sample(list(zip(options, LETTERS)), len(options))
+    return question_text("", options).strip(), " ".join(f"{option} \\boxed{{{letter}}}" for option, letter in pairs)

@@ -29,11 +29,16 @@ def _plans(seed: int, fast: bool) -> dict[str, Plan]:
     return plans
 
 
+def _sight_steps(plan: Plan) -> int:
+    return min(defender.SIGHT_PLAN.steps, plan.steps)
+
+
 def _train_encoder(training: Path, plan: Plan) -> None:
     """The Attacker's text encoder is the Defender after a part of its steps, so that the two can go on side by side."""
     folder = training / "encoder"
     if not (folder / "config.json").exists():
-        encoder = defender.train_defender(training / "defender", plan, stop_at=min(defender.ENCODER_STEPS, plan.steps // 2))
+        stop_at = min(defender.ENCODER_STEPS, plan.steps // 2)
+        encoder = defender.train_defender(training / "defender", plan, _sight_steps(plan), stop_at)
         save_defender(encoder, folder, torch.float32)
 
 
@@ -55,7 +60,7 @@ def _train_side_by_side(training: Path, plans: dict[str, Plan], num_questions: i
     child = multiprocessing.get_context("spawn").Process(target=_train_attacker, args=arguments, daemon=True)
     child.start()
     torch.set_num_threads(each)
-    answering = defender.train_defender(training / "defender", plans["defender"])
+    answering = defender.train_defender(training / "defender", plans["defender"], _sight_steps(plans["defender"]))
     child.join()
     torch.set_num_threads(threads)
     if child.exitcode:
@@ -104,7 +109,7 @@ def bootstrap(out: Path, seed: int, fast: bool = False) -> dict:
 def training_minutes(folder: Path) -> float:
     """Sum over the trainings, which partly run side by side; a log's seconds start again from zero when a run was resumed."""
     minutes = 0.0
-    for path in sorted(folder.glob("*/train.jsonl")):
+    for path in sorted(folder.glob("**/train.jsonl")):
         seconds = [json.loads(line)["seconds"] for line in path.read_text().splitlines()]
         minutes += sum(a for a, b in zip(seconds, [*seconds[1:], 0.0]) if b < a) / 60
     return minutes
@@ -113,11 +118,13 @@ def training_minutes(folder: Path) -> float:
 def _card_text(card: dict) -> str:
     rows = [(part, name, value) for part in ("vae", "defender", "attacker") for name, value in card[part].items()]
     table = "\n".join(f"| {part} | {name} | {value:.4g} |" for part, name, value in rows)
+    remarks = "".join(f"{remark} " for remark in card.get("remarks", []))
     return (
         "# The small players\n\n"
         "A Qwen2.5-VL and a Qwen-Image-Edit of a few million parameters, trained from scratch on rendered scenes of 64 x 64 px "
         "(`aot_fast/data/scenes.py`). They exist so that the whole game runs on a CPU; they know nothing but that world.\n\n"
         f"Made by `{card['command']}`, torch {card['torch']}, {card['minutes']:.0f} minutes of training on {card['threads']} CPU threads. "
+        f"{remarks}"
         f"Figures are from the `{card['split']}` split, whose seeds no training uses. Licence: Apache-2.0.\n\n"
         f"| part | figure | value |\n|---|---|---|\n{table}\n\n"
         "q is the least SSIM over the target boxes, against the clean picture; `attack_success` is the share of questions that the "

@@ -22,7 +22,7 @@ def _vae(folder, stop_at=None):
 
 
 def _defender(folder, stop_at=None):
-    return defender.train_defender(folder, replace(defender.PLAN, **SHORT), stop_at=stop_at)
+    return defender.train_defender(folder, replace(defender.PLAN, **SHORT), sight_steps=2, stop_at=stop_at)
 
 
 def _attacker(folder, stop_at=None):
@@ -33,8 +33,8 @@ def _attacker(folder, stop_at=None):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    for module, name, value in ((vae, "BATCH", 4), (defender, "PICTURES", 2), (attacker, "BATCH", 2)):
-        monkeypatch.setattr(module, name, value)
+    for module, name in ((vae, "BATCH"), (defender, "PICTURES"), (defender, "SIGHT_PICTURES"), (attacker, "BATCH")):
+        monkeypatch.setattr(module, name, 4)
 
 
 @pytest.mark.parametrize("train", [_vae, _defender, _attacker])

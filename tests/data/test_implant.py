@@ -48,6 +48,14 @@ def test_same_generator_same_edit():
     assert implant(scene, question, random.Random(1), 64) == implant(scene, question, random.Random(1), 64)
 
 
+def test_an_edit_that_makes_the_answer_untrue_is_refused():
+    scene, question = next(
+        pair for pair in (make_question("bootstrap", index, 64) for index in range(400)) if pair[1].question.startswith("What color")
+    )
+    target = target_objects(scene, question, 64)[0]
+    assert not keeps_question(replace(scene, objects=tuple(item for item in scene.objects if item != target)), question, [])
+
+
 def test_a_second_instance_is_refused_even_where_the_answer_stays_true():
     scene, question = next(
         pair
