@@ -23,14 +23,25 @@ def base_config(folders):
 
 @pytest.fixture(scope="session")
 def load(runtime):
-    """`load(config, seed=None)`: an Attacker; with a seed its adapter is set off from the base by small random weights."""
+    """`load(config, seed=None)`: an Attacker; with a seed its trained weights are set off by small noise.
+
+    Without adapter and seed the model is shared between tests, which must not train it.
+    """
     from aot_fast.attacker.model import load_attacker
 
+    kept = {}
+
     def loaded(config, seed=None):
-        attacker = load_attacker(config, EngineConfig(), runtime)
-        if seed is not None:
-            perturb(attacker.player, seed)
-        return attacker
+        key = (config.model, config.optimizer)
+        if config.lora.rank or config.beta or seed is not None or key not in kept:
+            attacker = load_attacker(config, EngineConfig(), runtime)
+            if seed is not None:
+                perturb(attacker.player, seed)
+                return attacker
+            if config.lora.rank:
+                return attacker
+            kept[key] = attacker
+        return replace(kept[key], config=config)
 
     return loaded
 

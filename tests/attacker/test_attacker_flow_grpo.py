@@ -41,7 +41,7 @@ def test_mismatch_is_seen_when_the_weights_moved_behind_its_back(base_config, lo
     assert gradients(attacker, scored(groups))[0]["logp_mismatch"] > 1e-4
 
 
-@pytest.mark.parametrize("extra", [{}, {"guidance": 2.0}, {"beta": 0.1, "dynamics": "cps"}, {"variant": "guard", "beta": 0.1}], ids=str)
+@pytest.mark.parametrize("extra", [{}, {"guidance": 2.0}, {"beta": 0.1, "dynamics": "cps", "variant": "guard"}], ids=str)
 def test_gradient_does_not_depend_on_the_microbatch_or_the_order(extra, base_config, load):
     """Micro-batches of 1, 2 and 4, groups and samples shuffled, checkpointing: 1e-5 relative (DESIGN.md rule 7)."""
     config = replace(base_config, lora=LORA, **extra)
@@ -143,14 +143,14 @@ def test_batch_std_is_taken_over_all_groups(base_config, load):
 
 
 def test_updates_raise_the_probability_and_the_reward_of_rewarded_edits(base_config, load):
-    """Reward = brightness of the final latents' first channels: a few updates move the log-ratios with the advantages and raise it."""
+    """Reward = mean of the final latents: a few updates move the log-ratios with the advantages and raise it."""
     config = replace(
-        base_config, lora=LORA, clip=0.1, group_size=8, rollout_batch=8, microbatch=16, optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.0)
+        base_config, lora=LORA, clip=0.1, group_size=8, rollout_batch=8, microbatch=16, optimizer=OptimizerConfig(lr=3e-2, weight_decay=0.0)
     )
     attacker = load(config)
     data = examples(1)
     means = []
-    for step in range(6):
+    for step in range(8):
         groups = rollout(attacker, data, seed=0, round=1, step=step)
         rewards = [float(made.latents.mean()) for made in groups[0].samples]
         means.append(sum(rewards) / len(rewards))
@@ -161,7 +161,7 @@ def test_updates_raise_the_probability_and_the_reward_of_rewarded_edits(base_con
             ratio = (now.logp - now.old_logp).detach().view(8, -1).mean(1)
             assert float((ratio * (torch.tensor(rewards) - means[0])).sum()) > 0
             attacker.player.engine.optimizer.zero_grad()
-    assert sum(means[-2:]) / 2 > sum(means[:2]) / 2 + 0.02
+    assert sum(means[-2:]) / 2 > sum(means[:2]) / 2 + 0.05  # seeds 0 to 3 gave 0.13 to 0.19
 
 
 def test_rollout_is_seeded_by_the_question_not_its_place(base_config, load):

@@ -134,8 +134,8 @@ def test_wrong_weights_are_named(fault, folders, base_config, load, tmp_path):
         ({"beta": 0.1}, "lora.rank"),
         ({"lora": replace(LORA, dropout=0.1)}, "dropout"),
         ({"lora": replace(LORA, targets=("to_z",))}, "to_z"),
-        ({"window_range": (0, 4)}, "window_range"),
-        ({"eta": 0.0}, "eta"),
+        ({"window_range": (0, 4), "lora": LORA}, "window_range"),
+        ({"eta": 0.0, "lora": LORA}, "eta"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message, base_config, load):
