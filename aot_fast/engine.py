@@ -235,13 +235,15 @@ class Player:
     def gathered(self) -> Iterator[nn.Module]:
         """The module with whole weights, no gradients and no ZeRO hooks: ranks may call it unequally often inside."""
         import deepspeed
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
-        offload = self.engine.optimizer.parameter_offload
+        hooks = self.engine.optimizer.parameter_offload
         training = self.module.training
         with torch.no_grad(), deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            # All of them, the one at the start of the module's forward included: it is a collective, and ranks run unequally often here.
+            for hook in (*hooks.forward_hooks, *hooks.backward_hooks, hooks.fwd_pre_hook):
                 hook.remove()
-            offload.forward_hooks, offload.backward_hooks = [], []
+            hooks.forward_hooks, hooks.backward_hooks = [], []
             self.module.eval()
             try:
                 yield self.module
@@ -249,7 +251,8 @@ class Player:
                 self.module.train(training)
                 for parameter in self.module.parameters():
                     parameter.ds_active_sub_modules.clear()
-                offload._register_deepspeed_module(offload.module)
+                hooks.setup_zero_stage3_hooks()
+                FWD_MODULE_STACK.pop()  # which grows by the module at every set-up
 
     def offload(self) -> None:
         """Move optimizer states to the host while the other player works (GPU only)."""

@@ -114,3 +114,7 @@ def test_microbatches_of_one_rank_cover_all_items(runtime):
 def test_seeds_differ_by_every_part_and_fit_63_bits():
     seeds = {seed_of(0, "a", 1), seed_of(0, "a", 2), seed_of(0, "b", 1), seed_of(1, "a", 1), seed_of(0, "a", "1", "")}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_ranks_may_answer_unequally_often_between_steps(torchrun):
+    assert torchrun(2, "-m", "tests.unequal_forwards", timeout_s=90).count("done") == 2

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,23 +106,6 @@ def _add_lora(transformer: nn.Module, config: AttackerConfig) -> None:
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-@contextmanager
-def reference_off(player: Player) -> Iterator[None]:
-    """The model without its adapter, bit for bit the base: the reference of the KL. Raises ValueError without LoRA."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in player.module.modules() if isinstance(module, BaseTunerLayer)]
-    if not layers:
-        raise ValueError("the Attacker has no adapter to switch off; set attacker.lora.rank")
-    for layer in layers:
-        layer._disable_adapters = True  # peft's own switch also flips requires_grad, on which DeepSpeed has hung its hooks
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def export_attacker(attacker: Attacker, folder: Path) -> None:

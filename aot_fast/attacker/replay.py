@@ -14,10 +14,10 @@ from torch import Tensor
 
 import aot_fast.kernels as K
 from aot_fast.attacker.encoding import Encoding
-from aot_fast.attacker.model import Attacker, reference_off
+from aot_fast.attacker.model import Attacker
 from aot_fast.attacker.sampler import TrainedStep, guided
 from aot_fast.attacker.velocity import batches, velocity
-from aot_fast.engine import microbatches
+from aot_fast.engine import adapter_off, microbatches
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def replay(attacker: Attacker, items: Sequence[Item]) -> Replayed:
     ).T
     reference = None
     if config.beta > 0:
-        with torch.no_grad(), reference_off(attacker.player):
+        with torch.no_grad(), adapter_off(attacker.player.module):
             reference = guided(velocity(attacker.player, encodings, x, levels, config.guidance > 1), config)
     now = velocity(attacker.player, encodings, x, levels, config.guidance > 1)
     scored = K.flow_logp(

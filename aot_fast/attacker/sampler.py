@@ -75,8 +75,7 @@ def _sample_batch(attacker: Attacker, encodings, start_seeds, step_seeds, window
     records: list[list[TrainedStep]] = []
     for k in range(config.num_steps):
         stochastic = first <= k < last
-        # `.forward`: the module's own call would run DeepSpeed's start-of-step hook, a collective that unequal ranks never finish.
-        now = velocity(attacker.player.module.forward, encodings, x, [sigmas[k]] * len(x), config.guidance > 1)
+        now = velocity(attacker.player.module, encodings, x, [sigmas[k]] * len(x), config.guidance > 1)
         step = K.flow_step(
             x,
             now.v,

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aot_fast.attacker.loading import is_plus, read_range, without_hf_deepspeed
-from aot_fast.attacker.model import export_attacker, reference_off
+from aot_fast.attacker.model import export_attacker
 from aot_fast.config import EngineConfig, LoraConfig
-from aot_fast.engine import seed_of, whole_state, zero_config
+from aot_fast.engine import adapter_off, seed_of, whole_state, zero_config
 from tests.attacker.rollouts import examples, scored
 from tests.attacker.tiny_pipeline import LORA
 
@@ -69,7 +69,7 @@ def test_bf16_base_with_fp32_adapter(folders, base_config, runtime):
     for _ in range(2):
         attacker.player.backward(forward(attacker.player).float().square().mean())
         assert attacker.player.step().applied
-    with torch.no_grad(), reference_off(attacker.player):
+    with torch.no_grad(), adapter_off(attacker.player.module):
         assert torch.equal(forward(attacker.player), forward(reference))
     assert not torch.equal(forward(attacker.player), forward(reference))
 
@@ -174,7 +174,7 @@ def trained(config, load):
 
 def test_adapter_switched_off_is_the_base_bit_for_bit(base_config, load, folders):
     attacker = trained(replace(base_config, lora=LORA), load)
-    with torch.no_grad(), reference_off(attacker.player):
+    with torch.no_grad(), adapter_off(attacker.player.module):
         assert torch.equal(forward(attacker.player), forward(plain(folders["edit"])))
     on = forward(attacker.player)
     assert (on - forward(plain(folders["edit"]))).abs().max() > 1e-4
@@ -182,7 +182,7 @@ def test_adapter_switched_off_is_the_base_bit_for_bit(base_config, load, folders
 
 
 def test_without_an_adapter_there_is_no_reference(base_config, load):
-    with pytest.raises(ValueError, match="adapter"), reference_off(load(base_config).player):
+    with pytest.raises(ValueError, match="adapter"), adapter_off(load(base_config).player.module):
         pass
 
 

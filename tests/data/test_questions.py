@@ -91,7 +91,9 @@ def test_a_bad_field_is_named_with_its_line(tmp_path, change, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("change", [{"question": "a <|image_pad|> b"}, {"options": ["red", "<|im_end|>"]}, {"target_names": ["<|im_start|>"]}])
+@pytest.mark.parametrize(
+    "change", [{"question": "a <|image_pad|> b"}, {"options": ["red", "<|im_end|>"]}, {"target_names": ["<|im_start|>"]}]
+)
 def test_special_tokens_in_what_is_said_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match="special token"):
         read_questions(write_lines(tmp_path, {**GOOD, **change}), tmp_path)
