@@ -85,11 +85,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters; rank 0 trains all weights."""
+    """Low-rank adapters; rank 0 trains all weights. No dropout: the replayed log-prob would differ from the rollout's."""
 
     rank: int = 0
     alpha: int = 128
-    dropout: float = 0.0
     targets: tuple[str, ...] = ()
     """Module name endings; empty: the attention projections of the player."""
 

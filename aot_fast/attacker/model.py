@@ -79,8 +79,6 @@ def _check(config: AttackerConfig) -> None:
     low, high = config.window_range
     if config.beta > 0 and not config.lora.rank:
         raise ValueError(f"attacker.beta = {config.beta} needs attacker.lora.rank > 0: the KL's reference is the adapter switched off")
-    if config.lora.dropout:
-        raise ValueError(f"attacker.lora.dropout = {config.lora.dropout}: must be 0, or the replayed log-prob differs from the rollout's")
     if config.dynamics != "ode" and config.eta <= 0:
         raise ValueError(f"attacker.eta = {config.eta}: must be above 0, or {config.dynamics} has no noise and no log-prob to train on")
     if config.dynamics != "ode" and not 0 <= low <= high - config.window <= config.num_steps - 1 - config.window:

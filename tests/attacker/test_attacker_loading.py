@@ -132,7 +132,6 @@ def test_wrong_weights_are_named(fault, folders, base_config, load, tmp_path):
     [
         ({"model": "Qwen/Qwen-Image-Edit"}, "revision"),
         ({"beta": 0.1}, "lora.rank"),
-        ({"lora": replace(LORA, dropout=0.1)}, "dropout"),
         ({"lora": replace(LORA, targets=("to_z",))}, "to_z"),
         ({"window_range": (0, 4), "lora": LORA}, "window_range"),
         ({"eta": 0.0, "lora": LORA}, "eta"),
