@@ -21,15 +21,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """For a child process: without the process group that the `runtime` fixture has opened in this one."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in group} | {"PYTHONPATH": str(ROOT)} | (more or {})
+
+
 def launch(ranks: int, *command: str, timeout_s: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run `python command...` on `ranks` ranks under torchrun (1: plain python); the output is captured."""
     python = [sys.executable, *command]
     if ranks > 1:
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
         python = [*run, *command]
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    environment = clean | {"PYTHONPATH": str(ROOT)} | (env or {})
-    return subprocess.run(python, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(python, cwd=ROOT, env=environment(env), capture_output=True, text=True, timeout=timeout_s)
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from aot_fast.metrics import read_rows
-from tests.conftest import launch
+from tests.conftest import ROOT, environment, launch
 
 SHORT = """
 --data.num_train 160 --data.num_heldout 24 --game.warmup_steps 1 --game.rounds 1 --game.attacker_steps 3 --game.defender_steps 2
@@ -100,12 +101,8 @@ def test_exported_players_load_in_plain_transformers_and_diffusers(unbroken):
 
 
 def test_sigterm_saves_and_exits_143_with_the_reason(tmp_path):
-    import sys
-
-    from tests.conftest import ROOT
-
     command = [sys.executable, "-m", "aot_fast", "run", "tiny", "--run.folder", str(tmp_path), "--run.name", "run", *SHORT]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while len(read_rows(metrics)) < 2 and process.poll() is None and time.monotonic() < deadline:
