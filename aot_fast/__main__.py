@@ -119,6 +119,7 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module="aot_fast")  # our own say what was quarantined or left unjudged
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 

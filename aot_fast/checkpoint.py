@@ -51,15 +51,19 @@ def save_pair(
     """
     target, stage = folder / cursor.folder, folder / f".tmp-{cursor.folder}"
     error = ""
-    try:
-        if runtime.rank == 0:
+    if runtime.rank == 0:
+        try:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
-        runtime.barrier()
-        write(stage)
-        torch.save(torch.get_rng_state(), stage / f"rng_rank_{runtime.rank:05d}.pt")
-    except OSError as failed:
-        error = f"rank {runtime.rank}: {failed}"
+        except OSError as failed:
+            error = str(failed)
+    error = runtime.broadcast(error)
+    if not error:
+        try:
+            write(stage)
+            torch.save(torch.get_rng_state(), stage / f"rng_rank_{runtime.rank:05d}.pt")
+        except (OSError, RuntimeError) as failed:  # a full disk is a RuntimeError of torch.save
+            error = f"rank {runtime.rank}: {failed}"
     error = "; ".join(filter(None, runtime.gather(error)))
     if runtime.rank == 0 and not error:
         try:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 
 from aot_fast.attacker import flow_grpo
 from aot_fast.attacker.model import export_attacker
+from aot_fast.attacker.rollout import rollout
 from aot_fast.config import Config
 from aot_fast.curation import attackable, curate, read_curated
 from aot_fast.data.sets import Pictures
@@ -51,8 +53,10 @@ def train_attacker(game: Game, questions: Pictures) -> None:
         drawn = game.stream.draw(config.attacker.prompts_per_step, len(questions))
         examples = [questions[index] for _, index in drawn]
         place = {"seed": config.run.seed, "round": game.cursor.round, "step": game.cursor.step}
-        with game.spans("attack/rollout"), defender.whole():
-            scored = flow_grpo.collect(attacker, examples, config.reward, answerer(defender), judge_of(game), **place)
+        with game.spans("attack/rollout"):
+            groups = rollout(attacker, examples, **place)
+        with game.spans("attack/reward"), defender.whole():  # only now: the two players are never whole at the same time
+            scored = flow_grpo.judged(groups, config.reward, answerer(defender), judge_of(game))
         with game.spans("attack/update"):
             metrics = flow_grpo.update(attacker, scored)
         game.advance([metrics])
@@ -63,7 +67,7 @@ def train_defender(game: Game, examples: Pictures) -> None:
     """DAPO on the pictures of this phase."""
     config, defender = game.config, game.defender
     steps, size = game.steps()[game.cursor.phase], config.defender.prompts_per_step
-    reference = game.frozen_defender(0) if config.defender.beta and not config.defender.lora.rank else None
+    reference = game.first_defender() if config.defender.beta and not config.defender.lora.rank else None
     game.attacker.player.offload()
     while game.cursor.step < steps:
         with game.spans(f"{game.cursor.phase}/rollout"):
@@ -116,10 +120,15 @@ def launch(config: Config, fresh: bool = False) -> int:
         traceback.print_exc()
         write_exit(folder, runtime.rank, 1, traceback.format_exc(limit=-1))
         raise
+    if code == 1 and runtime.rank:  # perhaps this rank alone: its reason must not be lost, nor may it wait for the others
+        print(f"aot-fast: rank {runtime.rank}: {reason}", file=sys.stderr, flush=True)
+        write_exit(folder, 0, code, f"rank {runtime.rank}: {reason}")
+        os._exit(code)
     if runtime.rank == 0:
         print(f"aot-fast: {reason}", file=sys.stderr if code else sys.stdout, flush=True)
         if not code and reason == "finished":
             print(f"report: {folder}/report.html")
     write_exit(folder, runtime.rank, code, reason)
-    close_runtime()
+    if code != 1:  # a rank that failed alone must not wait for the others
+        close_runtime()
     return code

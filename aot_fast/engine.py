@@ -255,14 +255,21 @@ class Player:
                 FWD_MODULE_STACK.pop()  # which grows by the module at every set-up
 
     def offload(self) -> None:
-        """Move optimizer states to the host while the other player works (GPU only)."""
-        if self.runtime.device.type == "cuda" and self.limits.offload == "none" and self.limits.offload_idle:
-            self.engine.offload_states()
+        """Move Adam's moments to the host while the other player works (GPU only)."""
+        self._move_moments(torch.device("cpu"))
 
     def reload(self) -> None:
         """Bring back what `offload` moved."""
-        if self.runtime.device.type == "cuda" and self.limits.offload == "none" and self.limits.offload_idle:
-            self.engine.reload_states()
+        self._move_moments(self.runtime.device)
+
+    def _move_moments(self, device: torch.device) -> None:
+        # Not DeepSpeed's offload_states: it wants its own FusedAdam, and would move the weights that the idle player still answers with.
+        if self.runtime.device.type != "cuda" or self.limits.offload != "none" or not self.limits.offload_idle:
+            return
+        for state in self.engine.optimizer.optimizer.state.values():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.dim():  # the step count stays where it is
+                    state[name] = value.to(device)
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer states of all ranks below `folder` (frozen weights left out). A collective."""

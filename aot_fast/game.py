@@ -54,7 +54,8 @@ class Game:
         self.cursor = Cursor(*self.schedule()[0])
         self.stream = self._new_stream()
         self.steps_done = 0
-        self._frozen: dict[int, Defender] = {}
+        self._first: Defender | None = None
+        self._loaded: Cursor | None = None
         self._restore()
         self._mark()
 
@@ -124,15 +125,15 @@ class Game:
 
     def frozen_defender(self, round: int) -> Defender:
         """Defender `round` as it was at the end of that round, whole on every rank; the first is the one the run began with."""
-        if round not in self._frozen:
+        exported = self.folder / "players" / f"defender_{round}"
+        return load_frozen(exported, self.config.defender, self.runtime) if exported.is_dir() else self.first_defender()
+
+    def first_defender(self) -> Defender:
+        """The Defender that the run was given, before any training: the judge, and the reference of a full fine-tune's KL."""
+        if self._first is None:
             config = self.config.defender
-            exported = self.folder / "players" / f"defender_{round}"
-            folder = exported if exported.is_dir() else model_folder(config.model, config.revision, "defender.model")
-            frozen = load_frozen(folder, config, self.runtime)
-            if round:
-                return frozen
-            self._frozen[round] = frozen  # judge and reference: asked for all the time
-        return self._frozen[round]
+            self._first = load_frozen(model_folder(config.model, config.revision, "defender.model"), config, self.runtime)
+        return self._first
 
     # Checkpoints
 
@@ -142,6 +143,8 @@ class Game:
 
     def save(self) -> None:
         """Write the checkpoint of the last finished step. A collective."""
+        if self._marked["cursor"] == self._loaded and not self.steps_done:
+            return  # the one this launch continued from is still the newest; it is not put at risk
         state = {"metrics_rows": self._marked["metrics_rows"], "seconds": self.spans.state(), "seed": self.config.run.seed}
 
         def write(stage: Path) -> None:
@@ -167,7 +170,7 @@ class Game:
         self.attacker.load_extra(torch.load(path / f"attacker_extra_{rank}.pt", weights_only=True))
         self.stream = Stream.restore(torch.load(path / "stream.pt", weights_only=True))
         torch.set_rng_state(torch.load(path / f"rng_{rank}.pt", weights_only=True))
-        self.cursor = Cursor(**manifest["cursor"])
+        self.cursor = self._loaded = Cursor(**manifest["cursor"])
         self.spans.restore(state["seconds"])
         self.tracker.cut_back(state["metrics_rows"])
         self.tracker.say(f"continuing {self.folder} at {path.name}")
@@ -184,7 +187,7 @@ def judge_of(game: Game) -> Judge | None:
     """The uniqueness judge; by default the frozen first Defender, which no Attacker is trained against later."""
     if game.config.reward.judge != "defender":
         return load_judge(game.config.reward, answerer(game.defender))
-    return load_judge(game.config.reward, answerer(game.frozen_defender(0)))
+    return load_judge(game.config.reward, answerer(game.first_defender()))
 
 
 @contextmanager

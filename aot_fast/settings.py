@@ -181,10 +181,12 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
         yield "reward.q_low", c.reward.q_low, f"must be below reward.q_high = {c.reward.q_high}", "lower it"
     if c.reward.efficacy == "consecutive" and c.reward.consecutive > c.reward.trials:
         yield "reward.consecutive", c.reward.consecutive, f"cannot be more than reward.trials = {c.reward.trials}", "raise trials"
+    if d.group_size < 2:
+        yield "defender.group_size", d.group_size, "a group of one has no advantage", "use at least 2"
     if d.overlong_buffer >= d.max_response_tokens:
         yield "defender.overlong_buffer", d.overlong_buffer, f"must be below max_response_tokens = {d.max_response_tokens}", "lower it"
-    if c.curation.clean_share + c.curation.replay_share > 1:
-        yield "curation.clean_share", c.curation.clean_share, "clean_share + replay_share must be at most 1", "lower one of them"
+    if c.curation.clean_share + c.curation.replay_share >= 1:
+        yield "curation.clean_share", c.curation.clean_share, "clean_share + replay_share must be below 1", "lower one of them"
     if c.data.train != "world" and not c.data.train.endswith(".jsonl"):
         yield "data.train", c.data.train, "must be `world` or a .jsonl file", "give the path of a JSONL file of questions"
     if Path(c.run.name).name != c.run.name or c.run.name in ("", ".", ".."):
@@ -192,7 +194,8 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
 
 
 POSITIVE = (
-    "engine.timeout_s engine.max_bad_steps data.world_size data.max_image_pixels defender.group_size defender.prompts_per_step "
+    "engine.timeout_s engine.max_bad_steps defender.temperature defender.top_p "
+    "data.world_size data.max_image_pixels defender.group_size defender.prompts_per_step "
     "defender.steps_per_rollout defender.max_generation_batches defender.rollout_batch defender.microbatch defender.max_prompt_tokens "
     "defender.max_response_tokens defender.optimizer.lr attacker.optimizer.lr attacker.num_steps attacker.group_size "
     "attacker.prompts_per_step attacker.rollout_batch attacker.microbatch attacker.target_pixels attacker.reference_pixels "
@@ -204,7 +207,7 @@ UNIT = (
     "data.heldout_fraction"
 ).split()
 NOT_NEGATIVE = (
-    "data.num_train data.num_heldout defender.temperature defender.beta defender.entropy_coef attacker.eta attacker.beta attacker.clip "
+    "data.num_train data.num_heldout defender.beta defender.entropy_coef attacker.eta attacker.beta attacker.clip "
     "game.warmup_steps game.rounds game.attacker_steps game.defender_steps run.stop_after run.threads reward.pad reward.temperature "
     "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials defender.lora.rank attacker.lora.rank"
 ).split()
@@ -234,7 +237,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
 
 
-IGNORED = ("run.stop_after", "run.threads", "run.folder", "metrics", "checkpoint", "engine.timeout_s")
+IGNORED = ("run.stop_after", "run.threads", "metrics", "checkpoint", "engine.timeout_s")
 """Settings that do not change what a run computes; a run may continue with other values."""
 
 

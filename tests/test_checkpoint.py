@@ -62,12 +62,13 @@ def test_manifest_lists_every_file_with_size_and_hash(tmp_path, runtime):
     assert read_manifest(path)["world"] == 1
 
 
-def test_failed_write_costs_that_checkpoint_only(tmp_path, runtime, capsys):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # torch.save turns a full disk into a RuntimeError
+def test_failed_write_costs_that_checkpoint_only(tmp_path, runtime, capsys, kind):
     save(tmp_path, runtime, 1)
 
     def disk_full(stage):
         write(stage)
-        raise OSError(28, "No space left on device")
+        raise kind("No space left on device")
 
     assert save_pair(tmp_path, Cursor(1, "attack", 2), runtime, disk_full, {}, 2) is None
     assert "No space left" in capsys.readouterr().out

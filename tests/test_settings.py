@@ -40,6 +40,8 @@ def test_saved_configuration_is_read_back_unchanged(tmp_path):
         (["--reward.q_low", "0.9"], ["reward.q_low", "q_high"]),
         (["--defender.microbatch", "0"], ["defender.microbatch", "positive"]),
         (["--curation.clean_share", "1.5"], ["curation.clean_share", "[0, 1]"]),
+        (["--defender.group_size", "1"], ["defender.group_size", "at least 2"]),
+        (["--defender.temperature", "0"], ["defender.temperature", "positive"]),
         (["--run.name", "../elsewhere"], ["run.name", "folder name"]),
         (["--data.train", "questions.csv"], ["data.train", ".jsonl"]),
     ],

@@ -12,9 +12,9 @@ import aot_fast.kernels as K
 from aot_fast.attacker.model import Attacker
 from aot_fast.attacker.replay import Item, Replayed, replay, replay_batches
 from aot_fast.attacker.reward import Answerer, Judge, score
-from aot_fast.attacker.rollout import Group, rollout
+from aot_fast.attacker.rollout import Group
 from aot_fast.config import AttackerConfig, RewardConfig
-from aot_fast.data.schema import Example, Verdict
+from aot_fast.data.schema import Verdict
 from aot_fast.engine import Runtime
 
 CLIP = {"flow_sde": 1e-4, "dance": 1e-4, "cps": 1e-5, "ode": 1e-4}
@@ -29,19 +29,8 @@ class ScoredGroup:
     verdicts: tuple[Verdict, ...]
 
 
-def collect(
-    attacker: Attacker,
-    examples: Sequence[Example],
-    reward: RewardConfig,
-    answerer: Answerer,
-    judge: Judge | None,
-    *,
-    seed: int,
-    round: int,
-    step: int,
-) -> list[ScoredGroup]:
-    """Roll out this rank's share of the step's questions and score the edits. A collective (the scoring itself is local)."""
-    groups = rollout(attacker, examples, seed=seed, round=round, step=step)
+def judged(groups: Sequence[Group], reward: RewardConfig, answerer: Answerer, judge: Judge | None) -> list[ScoredGroup]:
+    """Score the edits of this rank's groups. No collective: the answering Defender must be whole already."""
     verdicts = iter(score([edit for group in groups for edit in group.edits], reward, answerer, judge))
     return [ScoredGroup(group, tuple(next(verdicts) for _ in group.edits)) for group in groups]
 

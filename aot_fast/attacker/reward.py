@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from PIL.Image import Image
 
 from aot_fast.attacker.integrity import integrity, ramp
@@ -60,6 +61,8 @@ def _each(edits: Sequence[Edit], function: Callable[[Sequence[Edit]], Sequence[R
         if len(results) != len(edits):
             raise ValueError(f"{what} gave {len(results)} results for {len(edits)} edits")
         return results
+    except torch.OutOfMemoryError:
+        raise  # no fault of a sample
     except Exception as error:  # whatever a plug-in or a picture raises must not take the group with it
         if len(edits) > 1:
             return [_each([edit], function, what)[0] for edit in edits]

@@ -42,13 +42,14 @@ def update(defender: Defender, examples: Sequence[Example], groups: list[Group],
     metrics = []
     for part in microbatches(runtime, rows, config.microbatch):
         batch = as_batch(defender, part or [padding_row(defender, examples, groups)])
+        ref_logp = reference_logp(defender, reference, batch)  # first: between forward and backward ZeRO-3 would lose its order
         out = token_logp(defender, batch)
         fresh = (versions_of(batch, groups) == player.version).flatten()
         loss = K.policy_loss(
             out.logp,
             batch.advantages.flatten(),
             old_logp=torch.where(fresh, out.logp.detach(), batch.logp.flatten()),
-            ref_logp=reference_logp(defender, reference, batch),
+            ref_logp=ref_logp,
             mask=batch.mask.flatten(),
             valid=out.valid,
             entropy=out.entropy,

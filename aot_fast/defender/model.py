@@ -77,10 +77,12 @@ def load_defender(config: DefenderConfig, engine: EngineConfig, runtime: Runtime
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if not config.train_vision:
-        model.model.visual.requires_grad_(False)
     if config.lora.rank:
         model = _with_lora(model, config.lora)
+    if not config.train_vision:  # after LoRA, whose targets the vision tower has too
+        for name, parameter in model.named_parameters():
+            if "visual." in name:
+                parameter.requires_grad_(False)
     player = build_player("defender", model, config.optimizer, engine, runtime)
     return Defender(player.module, *_processors(folder, config), config, runtime, player)
 
@@ -98,7 +100,7 @@ def _from_folder(folder: Path, config: DefenderConfig, runtime: Runtime) -> Qwen
 
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         inner = _from_folder(model_folder(base, config.revision, "defender.model"), config, runtime)
-        return PeftModel.from_pretrained(inner, str(folder)).merge_and_unload()
+        return PeftModel.from_pretrained(inner, str(folder))  # not merged: in bf16 small updates would round away
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=runtime.dtype, attn_implementation=config.attention, local_files_only=True
     )

@@ -40,6 +40,7 @@ def evaluate(game: Game) -> None:
             defender = game.defender if j == round else game.frozen_defender(j)
             for on in missing:
                 predict(game, defender, j, on, sources[on])
+            del defender  # before the next one is loaded whole
     publish(game)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aot_fast.attacker.flow_grpo import ScoredGroup, clip_range, collect, update
+from aot_fast.attacker.flow_grpo import ScoredGroup, clip_range, judged, update
 from aot_fast.attacker.replay import Item, replay, replay_batches
 from aot_fast.attacker.rollout import rollout
 from aot_fast.config import OptimizerConfig, RewardConfig
@@ -186,7 +186,7 @@ def test_collect_scores_every_edit(base_config, load):
     def answerer(asked, trials, temperature, seeds):
         return [[Answer("B", "B", False)] * trials for _ in asked]
 
-    groups = collect(load(base_config), examples(), RewardConfig(q_low=-1.0, q_high=-0.9), answerer, None, seed=0, round=1, step=0)
+    groups = judged(rollout(load(base_config), examples(), seed=0, round=1, step=0), RewardConfig(q_low=-1.0, q_high=-0.9), answerer, None)
     assert [[v.reward for v in part.verdicts] for part in groups] == [[1.0] * 4] * 2
 
 

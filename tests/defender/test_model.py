@@ -85,3 +85,10 @@ def test_gradient_checkpointing_gives_the_same_step(defender_folder, runtime, ch
 def test_missing_folder_is_a_clear_error(runtime):
     with pytest.raises(ValueError, match="defender.revision"):
         load_defender(defender_config_of("/nowhere/Qwen2.5-VL"), ENGINE, runtime)
+
+
+def test_frozen_vision_tower_gets_no_adapter_to_train(defender_folder, runtime):
+    config = defender_config_of(defender_folder, train_vision=False, lora=LoraConfig(rank=4, alpha=8))
+    defender = load_defender(config, ENGINE, runtime)
+    trained_names = [name for name, p in defender.model.named_parameters() if p.requires_grad]
+    assert trained_names and not any("visual" in name for name in trained_names)
