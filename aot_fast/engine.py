@@ -111,6 +111,7 @@ def on_rank_0(runtime: Runtime, work: Callable[[], T]) -> T:
 
 
 def close_runtime() -> None:
+    """Leave the process group: gloo may abort a process that ends while its group is open."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

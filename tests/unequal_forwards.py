@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from aot_fast.config import EngineConfig, OptimizerConfig, RunConfig
-from aot_fast.engine import build_player, open_runtime
+from aot_fast.engine import build_player, close_runtime, open_runtime
 
 runtime = open_runtime(EngineConfig(timeout_s=30), RunConfig(threads=1))
 torch.manual_seed(0)
@@ -19,3 +19,5 @@ for _ in range(3):
         player.backward(player(x).square().sum())
     assert player.step().applied
 print("done")
+runtime.barrier()
+close_runtime()  # gloo aborts a process that ends with its group still open

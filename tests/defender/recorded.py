@@ -17,7 +17,7 @@ from aot_fast.defender import dapo
 from aot_fast.defender.groups import Group
 from aot_fast.defender.model import load_defender, load_frozen
 from aot_fast.defender.rollout import Response, Sampling, sample
-from aot_fast.engine import Runtime, open_runtime
+from aot_fast.engine import Runtime, close_runtime, open_runtime
 from tests.models import defender_config_of, scene_examples
 
 NUM_EXAMPLES = 3
@@ -86,3 +86,5 @@ if __name__ == "__main__":
     metrics, gradients = gradient_of_update(folder, microbatch, order, runtime, version=-1)
     if runtime.rank == 0:
         torch.save((metrics, gradients), out)
+    runtime.barrier()
+    close_runtime()
