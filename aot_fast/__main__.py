@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
 EXIT_SETTINGS = 2
 RUN_HELP = """
-CONFIG is a name in aot_fast/configs (tiny, single_gpu, paper_8gpu) or the path of a YAML file. Any setting of aot_fast/config.py can be
-given as --section.field VALUE, for example:
+CONFIG is a name in aot_fast/configs (tiny, tiny_study, single_gpu, paper_8gpu) or the path of a YAML file. Any setting of
+aot_fast/config.py can be given as --section.field VALUE, for example:
 
   torchrun --nproc_per_node 2 -m aot_fast run tiny --run.name try --defender.optimizer.lr 1e-5
   aot-fast run tiny --data.train questions.jsonl --data.images photos/
 
 A run lives in runs/NAME. The same command continues one that was stopped; --fresh moves it aside and begins anew.
+
+With --seeds or --arms the command plays one run for each arm and seed, some at a time, and compares them in runs/NAME:
+
+  aot-fast run tiny_study --seeds 0,1,2 --arms coevolution,clean,roundtrip,random_edit
 """
 
 
@@ -31,8 +36,13 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="play the game", epilog=RUN_HELP, formatter_class=raw, allow_abbrev=False)
     run.add_argument("config", metavar="CONFIG")
     run.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and begin anew")
-    run.add_argument("--dry-run", action="store_true", help="check and print the resolved settings, then end")
-    report = commands.add_parser("report", help="write report.html and summary.json of a run, finished or not", allow_abbrev=False)
+    run.add_argument("--dry-run", action="store_true", help="check and print the resolved settings, or the runs of a study, then end")
+    run.add_argument("--seeds", metavar="K,K,...", help="play a run for each seed")
+    run.add_argument("--arms", metavar="ARM,...", help="play a run for each arm: coevolution, clean, roundtrip, random_edit")
+    run.add_argument("--jobs", metavar="N", help="runs at a time, with --seeds or --arms (default: one a GPU, 2 on a CPU)")
+    report = commands.add_parser(
+        "report", help="write report.html and summary.json of a run or a study, finished or not", allow_abbrev=False
+    )
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     bootstrap = commands.add_parser("bootstrap", help="train the small players from scratch", allow_abbrev=False)
     bootstrap.add_argument("name", choices=["tiny"])
@@ -63,9 +73,16 @@ def main(words: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    from aot_fast.settings import load, to_yaml
+    from aot_fast.settings import SettingsError, load, to_yaml
 
+    if (args.seeds, args.arms, args.jobs) != (None, None, None):
+        return study(args, overrides)
     config = load(args.config, overrides)
+    from aot_fast.study.plan import STUDY
+
+    folder = Path(config.run.folder) / config.run.name
+    if (folder / STUDY).is_file():
+        raise SettingsError(f"{folder} holds a study; give --seeds or --arms to continue it, or another --run.name to play a single run")
     if args.dry_run:
         print(to_yaml(config), end="")
         return 0
@@ -75,9 +92,34 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     return launch(config, fresh=args.fresh)
 
 
+def study(args: argparse.Namespace, overrides: list[str]) -> int:
+    from aot_fast.settings import load
+    from aot_fast.study import plan, play
+
+    play.refuse_torchrun()
+    arms, seeds, jobs = plan.parse_flags(args.arms, args.seeds, args.jobs)
+    plan.refuse_own_settings(overrides)
+    config = load(args.config, overrides)
+    if args.fresh and not args.dry_run:
+        plan.move_aside(config)
+    runs = plan.planned(config, arms or (config.game.arm,), seeds or (config.run.seed,))
+    commands = {run.name: [*play.COMMAND, args.config, *overrides, *run.words()] for run in runs.runs()}
+    if args.dry_run:
+        for run in runs.runs():
+            print(f"{run.name}: {run.state}\n  {shlex.join(commands[run.name])}")
+        return 0
+    quiet()
+    return play.run_study(runs, commands, jobs)
+
+
 def report(args: argparse.Namespace, _: list[str]) -> int:
     from aot_fast.settings import SettingsError, load
+    from aot_fast.study.plan import STUDY
 
+    if (args.folder / STUDY).is_file():
+        from aot_fast.study.summary import publish_study
+
+        return 0 if publish_study(args.folder, say=True) else 1
     if not (args.folder / "config.yaml").is_file():
         raise SettingsError(f"RUN_FOLDER = {str(args.folder)!r}: holds no config.yaml; give the folder of a run, such as runs/tiny")
     from aot_fast.evaluation.summary import summarise

@@ -16,7 +16,7 @@ from aot_fast.config import Config
 from aot_fast.curation import attackable, curate, read_curated
 from aot_fast.data.sets import Pictures
 from aot_fast.defender import dapo
-from aot_fast.defender.answers import answerer
+from aot_fast.defender.answers import answerer, likelihood
 from aot_fast.defender.groups import collect
 from aot_fast.defender.model import export_defender
 from aot_fast.engine import TooManyBadSteps, close_runtime, on_rank_0, open_runtime
@@ -56,7 +56,7 @@ def train_attacker(game: Game, questions: Pictures) -> None:
         with game.spans("attack/rollout"):
             groups = rollout(attacker, examples, **place)
         with game.spans("attack/reward"), defender.whole():  # only now: the two players are never whole at the same time
-            scored = flow_grpo.judged(groups, config.reward, answerer(defender), judge_of(game))
+            scored = flow_grpo.judged(groups, config.reward, answerer(defender), judge_of(game), likelihood(defender))
         with game.spans("attack/update"):
             metrics = flow_grpo.update(attacker, scored)
         game.advance([metrics])

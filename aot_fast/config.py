@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+WORLD_VALIDATION = "world:validation"
+"""Value of `data.heldout`: the split of the synthetic world on which settings may be chosen."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -36,7 +39,8 @@ class DataConfig:
     images: str = ""
     """Folder of the training images; empty: the folder of the JSONL file."""
     heldout: str = ""
-    """JSONL of held-out questions; empty: the world's held-out split, or a share of the training file."""
+    """JSONL of held-out questions; empty: the world's held-out split, or a share of the training file. `world:validation`: the world's
+    validation split, to choose settings without a look at the split that figures are published on."""
     heldout_images: str = ""
     """Folder of the held-out images; empty: as `images`."""
     heldout_fraction: float = 0.1
@@ -169,6 +173,8 @@ class AttackerConfig:
     """Area of the reference given to the VAE (the pipeline's own is 1024 * 1024: four times the tokens of a 512 * 512 target)."""
     condition_pixels: int = 384 * 384
     """Area of the image given to the text encoder."""
+    still_vae: bool = True
+    """Encode and decode with 2-D convolutions: of one frame, the video VAE's 3-D kernels only ever see their last slice."""
     num_steps: int = 10
     """Denoising steps S."""
     dynamics: Literal["flow_sde", "dance", "cps", "ode"] = "flow_sde"
@@ -211,7 +217,9 @@ class RewardConfig:
     """Padding of the target box before SSIM, as a share of its longer side."""
     trials: int = 4
     """Sampled answers of the Defender on each edit (m)."""
-    efficacy: Literal["fraction", "consecutive"] = "fraction"
+    efficacy: Literal["fraction", "consecutive", "likelihood"] = "fraction"
+    """e: share of wrong trials; 1 only if the first `consecutive` all are; or 1 - p, with p the probability that the Defender repeats its
+    answer to the original: without the trials' noise and for less work, where answers are short. Curation always counts trials."""
     consecutive: int = 3
     """First k trials that must all be wrong (efficacy: consecutive)."""
     weights: tuple[float, float, float] = (0.5, 0.4, 0.1)
@@ -265,6 +273,10 @@ class EvaluationConfig:
     """Held-out questions used; 0: all."""
     num_attacked: int = 0
     """Held-out questions that each Attacker edits; 0: as num_questions."""
+    rounds: Literal["all", "last"] = "all"
+    """all: every Defender answers every Attacker's edits. last: only the first and the last Defender do; Attackers edit after every round."""
+    attacks_from: str = ""
+    """Folder of a finished run whose held-out round trips and edits are answered instead of this run's own; empty: its own."""
     gallery: int = 12
     """Edits shown in the report for each Attacker."""
 

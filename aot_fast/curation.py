@@ -1,6 +1,6 @@
 """From the frozen Attacker's edits to what the Defender trains on: the questions that can be attacked, and the curated set.
 
-Everything a person would want to look at is written to `curated/round_NNN/`: images/, edits.jsonl (a verdict a line) and set.jsonl.
+Everything a person would want to look at is written to `curated/round_NNN/`: images/, edits.jsonl (an audited verdict a line), set.jsonl.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from aot_fast.attacker.encoding import roundtrip
 from aot_fast.attacker.reward import score, solvable
 from aot_fast.attacker.rollout import rollout
+from aot_fast.data.audit import audit
 from aot_fast.data.schema import Example, Verdict
 from aot_fast.data.sets import Picture, Pictures
 from aot_fast.defender.answers import answerer
@@ -114,13 +115,17 @@ def _edit_and_check(game: Game, chunk: Sequence[Example], folder: Path) -> list[
     groups = rollout(game.attacker, chunk, **place, group_size=config.curation.edits_per_question, train=False)
     edits = [edit for group in groups for edit in group.edits]
     with game.defender.whole():
-        verdicts = score(edits, config.reward, answerer(game.defender), judge_of(game))
+        trials = replace(config.reward, efficacy="fraction") if config.reward.efficacy == "likelihood" else config.reward
+        verdicts = score(edits, trials, answerer(game.defender), judge_of(game))
     records, numbers = [], {}
     for edit, verdict in zip(edits, verdicts):
         k = numbers[verdict.question_id] = numbers.get(verdict.question_id, -1) + 1
         name = f"images/{safe_name(verdict.question_id)}_{k}.png"
         edit.image.save(folder / name)
-        records.append(as_record(verdict) | {"image": name})
+        # Written down, never asked: `accepted` is the reward's own word, and the audit is what that word is checked against.
+        found = audit(edit.example.question, edit.example.image, edit.image)
+        audited = {"audit": found and found.valid, "attack": found.kind if found else ""}
+        records.append(as_record(verdict) | audited | {"image": name})
     return records
 
 

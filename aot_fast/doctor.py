@@ -51,8 +51,8 @@ def device_name() -> str:
 
 
 def example(index: int) -> Example:
-    """A scene that no training uses."""
-    scene, question = make_question("heldout", index, 64)
+    """A scene that no training uses; not of the split that figures are published on."""
+    scene, question = make_question("validation", index, 64)
     return Example(question, render(scene, 64))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from aot_fast.config import Config
+from aot_fast.config import WORLD_VALIDATION, Config
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -189,8 +189,19 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
         yield "curation.clean_share", c.curation.clean_share, "clean_share + replay_share must be below 1", "lower one of them"
     if c.data.train != "world" and not c.data.train.endswith(".jsonl"):
         yield "data.train", c.data.train, "must be `world` or a .jsonl file", "give the path of a JSONL file of questions"
+    yield from _heldout(c)
     if Path(c.run.name).name != c.run.name or c.run.name in ("", ".", ".."):
         yield "run.name", c.run.name, "must be a plain folder name", "use run.folder for the path"
+
+
+def _heldout(c: Config) -> Iterator[tuple[str, Any, str, str]]:
+    heldout, of_world = c.data.heldout, c.data.train == "world"
+    if of_world and heldout not in ("", WORLD_VALIDATION):
+        fix = f"did you mean {WORLD_VALIDATION!r}?" if heldout.startswith("w") else "leave it empty, or set data.train to a .jsonl file"
+        yield "data.heldout", heldout, f"must be empty or {WORLD_VALIDATION} where data.train is `world`", fix
+    if not of_world and heldout and not heldout.endswith(".jsonl"):
+        fix = "leave it empty to hold out a share of data.train"
+        yield "data.heldout", heldout, "must be empty or a .jsonl file where data.train is one", fix
 
 
 POSITIVE = (

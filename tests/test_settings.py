@@ -44,6 +44,10 @@ def test_saved_configuration_is_read_back_unchanged(tmp_path):
         (["--defender.temperature", "0"], ["defender.temperature", "positive"]),
         (["--run.name", "../elsewhere"], ["run.name", "folder name"]),
         (["--data.train", "questions.csv"], ["data.train", ".jsonl"]),
+        (["--data.heldout", "world:valid"], ["data.heldout", "'world:valid'", "did you mean 'world:validation'"]),
+        (["--data.heldout", "held.jsonl"], ["data.heldout", "data.train is `world`", "leave it empty"]),
+        (["--data.train", "q.jsonl", "--data.heldout", "world:validation"], ["data.heldout", "'world:validation'", ".jsonl"]),
+        (["--evaluation.rounds", "first"], ["evaluation.rounds", "last", "first"]),
     ],
 )
 def test_wrong_settings_are_named_with_rule_and_fix(override, says):
@@ -51,6 +55,18 @@ def test_wrong_settings_are_named_with_rule_and_fix(override, says):
         load("tiny", override)
     for part in says:
         assert part in str(error.value)
+
+
+def test_heldout_questions_of_the_world_come_from_the_split_that_is_asked_for(tmp_path, runtime):
+    from aot_fast.data.sets import open_data
+
+    pictures = {}
+    for heldout in ("", "world:validation"):
+        config = load("tiny", ["--data.num_train", "3", "--data.num_heldout", "2", "--data.heldout", heldout or "''"])
+        train, split = open_data(config.data, tmp_path / (heldout or "default"), 0, runtime)
+        pictures[heldout] = [question.id.split("-")[0] for question in split.questions]
+        assert {question.id.split("-")[0] for question in train.questions} == {"train"}
+    assert pictures == {"": ["heldout"] * 2, "world:validation": ["validation"] * 2}
 
 
 def test_unknown_configuration_names_the_nearest():

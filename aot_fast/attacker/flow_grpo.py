@@ -11,7 +11,7 @@ from torch import Tensor
 import aot_fast.kernels as K
 from aot_fast.attacker.model import Attacker
 from aot_fast.attacker.replay import Item, Replayed, replay, replay_batches
-from aot_fast.attacker.reward import Answerer, Judge, score
+from aot_fast.attacker.reward import Answerer, Judge, Likelihood, score
 from aot_fast.attacker.rollout import Group
 from aot_fast.config import AttackerConfig, RewardConfig
 from aot_fast.data.schema import Verdict
@@ -29,9 +29,11 @@ class ScoredGroup:
     verdicts: tuple[Verdict, ...]
 
 
-def judged(groups: Sequence[Group], reward: RewardConfig, answerer: Answerer, judge: Judge | None) -> list[ScoredGroup]:
+def judged(
+    groups: Sequence[Group], reward: RewardConfig, answerer: Answerer, judge: Judge | None, likelihood: Likelihood | None = None
+) -> list[ScoredGroup]:
     """Score the edits of this rank's groups. No collective: the answering Defender must be whole already."""
-    verdicts = iter(score([edit for group in groups for edit in group.edits], reward, answerer, judge))
+    verdicts = iter(score([edit for group in groups for edit in group.edits], reward, answerer, judge, likelihood))
     return [ScoredGroup(group, tuple(next(verdicts) for _ in group.edits)) for group in groups]
 
 

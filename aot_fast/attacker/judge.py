@@ -16,6 +16,9 @@ from aot_fast.engine import seed_of
 Answerer = Callable[[Sequence[Example], int, float, Sequence[int]], list[list[Answer]]]
 """answerer(examples, trials, temperature, seeds) -> `trials` answers to each example (temperature 0: greedy)."""
 
+Likelihood = Callable[[Sequence[Example], Sequence[Example]], list[float]]
+"""likelihood(originals, edited) -> probability that the answer to each original is given again on the edited picture."""
+
 
 @dataclass(frozen=True)
 class Edit:

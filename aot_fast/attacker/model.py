@@ -12,6 +12,7 @@ from torch import nn
 
 from aot_fast.attacker.ema import Ema
 from aot_fast.attacker.loading import find_pipeline, frozen_parts, is_plus, partitioned_transformer
+from aot_fast.attacker.still_vae import use_image_convolutions
 from aot_fast.config import AttackerConfig, EngineConfig
 from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state
 
@@ -72,7 +73,10 @@ def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime
     if config.gradient_checkpointing:
         trainer.module.enable_gradient_checkpointing()
     ema = Ema(trainer, config.ema_decay) if config.ema_decay else None
-    return Attacker(player=trainer, config=config, plus=plus, runtime=runtime, ema=ema, **frozen_parts(folder, runtime))
+    parts = frozen_parts(folder, runtime)
+    if config.still_vae:
+        use_image_convolutions(parts["vae"])
+    return Attacker(player=trainer, config=config, plus=plus, runtime=runtime, ema=ema, **parts)
 
 
 def _check(config: AttackerConfig) -> None:

@@ -15,33 +15,44 @@ import torch
 from PIL.Image import Image
 
 from aot_fast.attacker.integrity import integrity, ramp
-from aot_fast.attacker.judge import Answerer, Edit, Judge, load_judge
+from aot_fast.attacker.judge import Answerer, Edit, Judge, Likelihood, load_judge
 from aot_fast.config import RewardConfig
 from aot_fast.data.schema import Answer, Example, Verdict
 from aot_fast.engine import seed_of
 
-__all__ = ["Answerer", "Edit", "Judge", "load_judge", "score", "solvable"]
+__all__ = ["Answerer", "Edit", "Judge", "Likelihood", "load_judge", "score", "solvable"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def score(edits: Sequence[Edit], config: RewardConfig, answerer: Answerer, judge: Judge | None) -> list[Verdict]:
-    """A `Verdict` for each edit. judge None: every edit counts as unique.
+def score(
+    edits: Sequence[Edit], config: RewardConfig, answerer: Answerer, judge: Judge | None, likelihood: Likelihood | None = None
+) -> list[Verdict]:
+    """A `Verdict` for each edit. judge None: every edit counts as unique. likelihood: asked instead of trials (efficacy: likelihood).
 
     What raises, or is None or not finite, for one edit gives that edit a NaN reward (quarantined: group_advantage leaves it out) and
     is said once; the others are scored. Raises ValueError for settings that contradict each other.
     """
     if config.efficacy == "consecutive" and config.consecutive > config.trials:
         raise ValueError(f"reward.consecutive = {config.consecutive} exceeds reward.trials = {config.trials}")
+    if config.efficacy == "likelihood" and likelihood is None:
+        raise ValueError(
+            "reward.efficacy = 'likelihood' needs a Defender whose answers' likelihood can be had; use fraction or consecutive"
+        )
     boxes = _each(edits, lambda e: [_integrity(edit, config) for edit in e], "integrity")
     unique = (
         _each(edits, lambda e: [math.nan if u is None else float(u) for u in judge(e)], "the uniqueness judge")
         if judge
         else [1.0] * len(edits)
     )
+    if config.efficacy == "likelihood":
+        kept = _each(edits, lambda e: likelihood([edit.example for edit in e], [seen(edit) for edit in e]), "the Defender's likelihood")
+        failures = [math.nan if p is None else 1 - p for p in kept]
+        return [_verdict(*row, (), config) for row in zip(edits, boxes, unique, failures)]
     answers = _each(edits, lambda e: _trials(e, config, answerer), "the Defender's trials")
-    return [_verdict(*row, config) for row in zip(edits, boxes, unique, answers)]
+    failures = [efficacy(trials, config) if trials else math.nan for trials in answers]
+    return [_verdict(*row, config) for row in zip(edits, boxes, unique, failures, answers)]
 
 
 def solvable(examples: Sequence[Example], roundtrips: Sequence[Image], config: RewardConfig, answerer: Answerer, seed: int) -> list[bool]:
@@ -75,9 +86,14 @@ def _integrity(edit: Edit, config: RewardConfig) -> tuple[float, ...]:
     return integrity(edit.example.image, edit.image, edit.example.question.target_boxes, config.pad)
 
 
+def seen(edit: Edit) -> Example:
+    """The question with the edited picture."""
+    return replace(edit.example, image=edit.image, source="edit", attacker_round=edit.attacker_round)
+
+
 def _trials(edits: Sequence[Edit], config: RewardConfig, answerer: Answerer) -> list[list[Answer]]:
-    examples = [replace(e.example, image=e.image, source="edit", attacker_round=e.attacker_round) for e in edits]
-    return answerer(examples, config.trials, config.temperature, [seed_of(edit.seed, "trials") for edit in edits])
+    seeds = [seed_of(edit.seed, "trials") for edit in edits]
+    return answerer([seen(edit) for edit in edits], config.trials, config.temperature, seeds)
 
 
 def efficacy(answers: Sequence[Answer], config: RewardConfig) -> float:
@@ -97,11 +113,15 @@ def combine(w: float, q: float, u: float, e: float, config: RewardConfig) -> flo
 
 
 def _verdict(
-    edit: Edit, boxes: tuple[float, ...] | None, unique: float | None, answers: list[Answer] | None, config: RewardConfig
+    edit: Edit,
+    boxes: tuple[float, ...] | None,
+    unique: float | None,
+    e: float,
+    answers: Sequence[Answer] | None,
+    config: RewardConfig,
 ) -> Verdict:
     q = min(boxes) if boxes else math.nan
     u = math.nan if unique is None else float(unique)
-    e = efficacy(answers, config) if answers else math.nan
     w = ramp(q, config.q_low, config.q_high) if math.isfinite(q) else math.nan
     known = all(map(math.isfinite, (q, u, e)))
     reward = combine(w, q, u, e, config) if known else math.nan

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-import time
-from dataclasses import replace
+import subprocess
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,46 +21,65 @@ FAST_STEPS = 8
 """Steps of each training in a rehearsal, which shows that everything runs and nothing else."""
 
 
-def _plans(seed: int, fast: bool) -> dict[str, Plan]:
-    parts = {"vae": vae, "defender": defender, "attacker": attacker}
-    plans = {name: replace(part.PLAN, seed=seed + k) for k, (name, part) in enumerate(parts.items(), 1)}
-    if fast:
-        plans = {name: replace(plan, steps=FAST_STEPS, warmup_steps=2, save_every=4, log_every=1) for name, plan in plans.items()}
-    return plans
+@dataclass(frozen=True)
+class Plans:
+    """How the parts are trained."""
+
+    vae: Plan
+    sight: Plan
+    facts: Plan
+    answers: Plan
+    edits: Plan
+    cold_start: Plan
 
 
-def _sight_steps(plan: Plan) -> int:
-    return min(defender.SIGHT_PLAN.steps, plan.steps)
+def _plans(seed: int, fast: bool) -> Plans:
+    seeded = Plans(
+        vae=replace(vae.PLAN, seed=seed + 1),
+        sight=replace(defender.SIGHT_PLAN, seed=seed + 2),
+        facts=replace(defender.FACTS_PLAN, seed=seed + 2),
+        answers=replace(defender.PLAN, seed=seed + 2),
+        edits=replace(attacker.BASE_PLAN, seed=seed + 3),
+        cold_start=replace(attacker.PLAN, seed=seed + 3),
+    )
+    if not fast:
+        return seeded
+    short = {"steps": FAST_STEPS, "warmup_steps": 2, "save_every": 4, "log_every": 1}
+    return Plans(**{name: replace(plan, **short) for name, plan in vars(seeded).items()})
 
 
-def _train_encoder(training: Path, plan: Plan) -> None:
-    """The Attacker's text encoder is the Defender after a part of its steps, so that the two can go on side by side."""
+def _train_codec(training: Path, plan: Plan, num_scenes: int) -> None:
+    folder = training / "vae" / "model"
+    if not (folder / "config.json").exists():
+        vae.train_vae(training / "vae", plan, num_scenes).save_pretrained(folder)
+
+
+def _train_encoder(training: Path, plans: Plans) -> None:
+    """The Attacker's text encoder is the Defender before it learns to answer, so that the two can go on side by side."""
     folder = training / "encoder"
     if not (folder / "config.json").exists():
-        stop_at = min(defender.ENCODER_STEPS, plan.steps // 2)
-        encoder = defender.train_defender(training / "defender", plan, _sight_steps(plan), stop_at)
-        save_defender(encoder, folder, torch.float32)
+        encoder = defender.train_encoder(training / "defender", plans.sight, plans.facts)
+        save_defender(encoder.defender, folder, torch.float32)
 
 
 def _load_frozen(training: Path) -> tuple[AutoencoderKLQwenImage, Qwen2_5_VLForConditionalGeneration]:
-    codec = vae.use_image_convolutions(AutoencoderKLQwenImage.from_pretrained(training / "vae" / "model"))
-    return codec, Qwen2_5_VLForConditionalGeneration.from_pretrained(training / "encoder").eval()
+    codec = AutoencoderKLQwenImage.from_pretrained(training / "vae" / "model", torch_dtype=torch.float32)
+    return vae.use_image_convolutions(codec), Qwen2_5_VLForConditionalGeneration.from_pretrained(training / "encoder").eval()
 
 
-def _train_attacker(training: Path, plan: Plan, num_questions: int, threads: int) -> QwenImageTransformer2DModel:
+def _train_attacker(training: Path, plans: Plans, num_pairs: int, threads: int) -> QwenImageTransformer2DModel:
     torch.set_num_threads(threads)
-    return attacker.train_attacker(*_load_frozen(training), training / "attacker", plan, num_questions)
+    return attacker.train_attacker(*_load_frozen(training), training / "attacker", (plans.edits, plans.cold_start), num_pairs)
 
 
-def _train_side_by_side(training: Path, plans: dict[str, Plan], num_questions: int) -> Qwen2_5_VLForConditionalGeneration:
+def _train_side_by_side(training: Path, plans: Plans, num_pairs: int) -> Qwen2_5_VLForConditionalGeneration:
     """Attacker in a process of its own, Defender in this one: models this small gain more from two processes than from more threads."""
     threads = torch.get_num_threads()
     each = max(1, threads // 2)
-    arguments = (training, plans["attacker"], num_questions, each)
-    child = multiprocessing.get_context("spawn").Process(target=_train_attacker, args=arguments, daemon=True)
+    child = multiprocessing.get_context("spawn").Process(target=_train_attacker, args=(training, plans, num_pairs, each), daemon=True)
     child.start()
     torch.set_num_threads(each)
-    answering = defender.train_defender(training / "defender", plans["defender"], _sight_steps(plans["defender"]))
+    answering = defender.train_defender(training / "defender", plans.answers, plans.sight, plans.facts)
     child.join()
     torch.set_num_threads(threads)
     if child.exitcode:
@@ -75,35 +94,58 @@ def bootstrap(out: Path, seed: int, fast: bool = False) -> dict:
     """
     out = Path(out)
     training, plans = out / "training", _plans(seed, fast)
-    num_scenes, num_questions, num_checked = (64, 8, 8) if fast else (6000, 10_000, 1000)
+    num_scenes, num_pairs, num_checked = (64, 8, 8) if fast else (6000, 4000, 1000)
 
-    codec = vae.train_vae(training / "vae", plans["vae"], num_scenes)
-    codec.save_pretrained(training / "vae" / "model")
-    _train_encoder(training, plans["defender"])
-    print(f"codec and text encoder trained, {training_minutes(training):.1f} minutes so far")
-    answering = _train_side_by_side(training, plans, num_questions)
-    editing = _train_attacker(training, plans["attacker"], num_questions, torch.get_num_threads())
-    print(f"Defender and Attacker trained, {training_minutes(training):.1f} minutes in all")
+    _train_codec(training, plans.vae, num_scenes)
+    _train_encoder(training, plans)
+    print(f"codec and text encoder trained, {training_minutes(training):.1f} minutes so far", flush=True)
+    answering = _train_side_by_side(training, plans, num_pairs)
+    editing = _train_attacker(training, plans, num_pairs, torch.get_num_threads())
+    print(f"Defender and Attacker trained, {training_minutes(training):.1f} minutes in all", flush=True)
     codec, encoder = _load_frozen(training)
     save_defender(answering, out / "defender")
     save_attacker(editing, codec, encoder, out / "attacker")
-
-    start = time.perf_counter()
     card = {
         "command": f"aot-fast bootstrap tiny --seed {seed}",
         "seed": seed,
+        "commit": commit(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "minutes": training_minutes(training),
+        "steps": {name: plan.steps for name, plan in vars(plans).items()},
         "split": "validation",
-        "vae": vae.round_trip_metrics(codec, "validation", num_checked),
-        "defender": defender.accuracy_by_kind(answering, "validation", num_checked),
-        "attacker": attacker.attack_metrics(editing, codec, encoder, answering, "validation", num_checked, sheet=training / "attacker.png"),
+        **_figures(out, codec, num_checked, training),
     }
-    print(f"measured in {time.perf_counter() - start:.0f} s")
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (out / "CARD.md").write_text(_card_text(card))
     return card
+
+
+def _figures(out: Path, codec: AutoencoderKLQwenImage, num_checked: int, training: Path) -> dict[str, dict[str, float]]:
+    """What the written players can do, on the validation split; with a sheet of pictures of both editors in `training`."""
+    _, encoder = _load_frozen(training)
+    answering = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "defender", dtype=torch.float32).eval()
+    figures = {
+        "vae": vae.round_trip_metrics(codec, "validation", num_checked),
+        "defender": defender.accuracy_by_kind(answering, "validation", num_checked),
+    }
+    for name, folder in (("editor", training / "attacker" / "base" / "model"), ("attacker", out / "attacker" / "transformer")):
+        transformer = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+        made = attacker.sample_split(transformer, codec, encoder, "validation", num_checked)
+        attacker.contact_sheet([made.clean, made.edited]).save(training / f"{name}.png")
+        figures[name] = attacker.editing_metrics(made) | attacker.attack_metrics(made, answering)
+    return figures
+
+
+def commit() -> str:
+    """The commit of the checkout that this package lies in, "+" behind it when files differ; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    found = git("rev-parse", "--short", "HEAD")
+    return found + "+" * bool(found and git("status", "--porcelain"))
 
 
 def training_minutes(folder: Path) -> float:
@@ -123,12 +165,15 @@ def _card_text(card: dict) -> str:
         "# The small players\n\n"
         "A Qwen2.5-VL and a Qwen-Image-Edit of a few million parameters, trained from scratch on rendered scenes of 64 x 64 px "
         "(`aot_fast/data/scenes.py`). They exist so that the whole game runs on a CPU; they know nothing but that world.\n\n"
-        f"Made by `{card['command']}`, torch {card['torch']}, {card['minutes']:.0f} minutes of training on {card['threads']} CPU threads. "
+        f"Made by `{card['command']}` at commit {card['commit'] or 'unknown'}, torch {card['torch']}, "
+        f"{card['minutes']:.0f} minutes of training on {card['threads']} CPU threads. "
         f"{remarks}"
         f"Figures are from the `{card['split']}` split, whose seeds no training uses. Licence: Apache-2.0.\n\n"
         f"| part | figure | value |\n|---|---|---|\n{table}\n\n"
         "q is the least SSIM over the target boxes, against the clean picture; `attack_success` is the share of questions that the "
-        "Defender answers rightly on the codec's round trip and wrongly on an edit with q over 0.6.\n"
+        "Defender answers rightly on the codec's round trip and wrongly on an edit with q over 0.6. `editor` is the Attacker before its "
+        "cold start, taught plain instructions only; `second_instance` is its failure (an added object that answers to a target's name), "
+        "and `answer_still_true` what the scene graph's audit says of all edits.\n"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -23,7 +22,15 @@ class Plan:
 
     steps: int
     lr: float
+    """Of AdamW."""
+    muon_lr: float = 0.0
+    """Of Muon, which then trains the hidden matrices: a third of AdamW's steps to the same loss, for both players. 0: AdamW trains all."""
+    plain: tuple[str, ...] = ("embed", "lm_head", "probe")
+    """Parts of names that AdamW keeps also when Muon is on: matrices that look words up, read them off, or modulate."""
     warmup_steps: int = 100
+    decay_share: float = 0.5
+    """Last share of the steps, over which the rates fall linearly to a fiftieth."""
+    betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
@@ -32,12 +39,20 @@ class Plan:
     log_every: int = 50
     seed: int = 0
 
-    def lr_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a hundredth."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    def rate_at(self, step: int) -> float:
+        """Share of the full rates: linear warm-up, level, linear decay."""
+        left = (self.steps - step) / max(1.0, self.decay_share * self.steps)
+        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * max(0.02, min(1.0, left))
+
+    def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """AdamW, and Muon for the hidden matrices if it is on."""
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        hidden = [n for n, p in trained.items() if self.muon_lr and p.ndim == 2 and not any(part in n for part in self.plain)]
+        rest = [parameter for name, parameter in trained.items() if name not in set(hidden)]
+        made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)]
+        if hidden:
+            made.append(torch.optim.Muon([trained[name] for name in hidden], lr=self.muon_lr, weight_decay=self.weight_decay))
+        return made
 
 
 def save_atomically(state: object, path: Path) -> None:
@@ -69,32 +84,35 @@ def train(model: nn.Module, batch_loss: BatchLoss, plan: Plan, folder: Path, sto
     `stop_at` ends early after that many steps with the state saved, as an interruption would.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=plan.lr, weight_decay=plan.weight_decay)
+    optimizers = plan.optimizers(model)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     ema = {name: value.clone() for name, value in model.state_dict().items()} if plan.ema_decay else {}
     first, state_path = 0, folder / "state.pt"
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         ema, first = state["ema"], state["step"]
     last = min(plan.steps, stop_at or plan.steps)
     model.train()
     start, log = time.perf_counter(), (folder / "train.jsonl").open("a", buffering=1)
     for step in range(first, last):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr_at(step)
         loss, metrics = batch_loss(step, step_generator(plan.seed, step))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
-        optimizer.step()
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate * plan.rate_at(step)
+            optimizer.step()
         if plan.ema_decay:
             _update_ema(ema, model, _ema_decay_at(plan.ema_decay, step))
         if step % plan.log_every == 0 or step == plan.steps - 1:
             line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), **metrics, "seconds": time.perf_counter() - start}
             log.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
         if (step + 1) % plan.save_every == 0 or step + 1 == last:
-            save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step + 1}, state_path)
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save_atomically({"model": model.state_dict(), "optimizers": states, "ema": ema, "step": step + 1}, state_path)
     log.close()
     if plan.ema_decay:
         model.load_state_dict(ema)

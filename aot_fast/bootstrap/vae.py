@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import MethodType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch import Tensor
 
+from aot_fast.attacker.still_vae import use_image_convolutions
 from aot_fast.bootstrap.integrity import box_integrity, ssim
 from aot_fast.bootstrap.training import Plan, train
 from aot_fast.data.scenes import make_question, render
@@ -26,21 +25,6 @@ WHOLE_IMAGES_FROM = 0.8
 KL_WEIGHT = 1e-4
 SSIM_WEIGHT = 0.05
 SSIM_FROM_STEP = 300
-
-
-def _convolve_image(self: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """The causal 3-D convolution of one frame: its past is zeros, so only the kernel's last time slice counts (a third of the work)."""
-    if x.shape[2] != 1 or cache_x is not None:
-        return QwenImageCausalConv3d.forward(self, x, cache_x)
-    return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self._padding[2:4])[:, :, None]
-
-
-def use_image_convolutions(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
-    """Make still pictures cheap to encode and decode, with unchanged results."""
-    for module in vae.modules():
-        if isinstance(module, QwenImageCausalConv3d):
-            module.forward = MethodType(_convolve_image, module)
-    return vae
 
 
 def scene_bank(split: str, num_scenes: int, size_px: int = 64) -> Tensor:

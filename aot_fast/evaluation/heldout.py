@@ -11,10 +11,14 @@ from pathlib import Path
 from aot_fast.attacker.encoding import roundtrip
 from aot_fast.attacker.integrity import integrity
 from aot_fast.attacker.rollout import rollout
+from aot_fast.config import Config
+from aot_fast.data.audit import audit
 from aot_fast.data.schema import Example
 from aot_fast.data.sets import Picture, Pictures
 from aot_fast.defender.answers import answerer
 from aot_fast.defender.model import Defender
+from aot_fast.engine import on_rank_0
+from aot_fast.evaluation.attacks_from import copy_attacks
 from aot_fast.evaluation.matrix import integrity as summary_of
 from aot_fast.evaluation.summary import summarise
 from aot_fast.evaluation.tables import Edit, Prediction, edits_path, image_path, predictions_path, read_edits, write_table
@@ -28,13 +32,8 @@ def evaluate(game: Game) -> None:
     """Fill the cells of this round that are not there yet, then write `summary.json` and `report.html`. A collective."""
     round = game.cursor.round
     clean = game.heldout.examples()[: game.config.evaluation.num_questions or None]
-    sources = {"clean": clean, "roundtrip": stored(game, clean, "roundtrip")}
-    check_codec(game)
-    attacked = clean[: game.config.evaluation.num_attacked or None]
-    last_attacker = round if game.config.game.arm == "coevolution" else 0
-    for i in range(last_attacker + 1):
-        sources[f"attacker_{i}"] = stored(game, attacked, f"attacker_{i}")
-    for j in range(round + 1):
+    sources = pictures_of(game, clean)
+    for j in defenders_due(game.config, round):
         missing = [on for on in sources if not game.runtime.broadcast(predictions_path(game.folder, j, on).is_file())]
         if missing:
             defender = game.defender if j == round else game.frozen_defender(j)
@@ -44,12 +43,32 @@ def evaluate(game: Game) -> None:
     publish(game)
 
 
+def pictures_of(game: Game, clean: Pictures) -> dict[str, Pictures]:
+    """All that Defenders answer after this round, by name: clean, roundtrip, attacker_0, ...; what is not on disk yet is made."""
+    attacked = clean[: game.config.evaluation.num_attacked or None]
+    last_attacker = game.cursor.round if game.config.game.arm == "coevolution" else 0
+    attackers = [f"attacker_{i}" for i in range(last_attacker + 1)]
+    if game.config.evaluation.attacks_from:
+        ids = [[row.question_id for row in pictures.rows] for pictures in (clean, attacked)]
+        attackers = on_rank_0(game.runtime, lambda: copy_attacks(game.config, game.folder, *ids))
+    sources = {"clean": clean, "roundtrip": stored(game, clean, "roundtrip")}
+    check_codec(game)
+    return sources | {on: stored(game, attacked, on) for on in attackers}
+
+
+def defenders_due(config: Config, round: int) -> list[int]:
+    """The Defenders that answer after a round; with `evaluation.rounds` last, the first one and, at the end, the last one."""
+    if config.evaluation.rounds == "all":
+        return list(range(round + 1))
+    return sorted({0, round}) if round in (0, config.game.rounds) else []
+
+
 def publish(game: Game) -> None:
     """Write `summary.json` and `report.html` of what there is; a failing report is said and costs the report only. A collective."""
     if game.runtime.rank == 0:
-        from aot_fast.report import build_report  # matplotlib, on the rank that draws
-
         try:
+            from aot_fast.report import build_report  # matplotlib, on the rank that draws
+
             summarise(game.folder, game.config, game.spans.totals())
             build_report(game.folder)
         except Exception as error:  # hours of training must not end in a plot
@@ -92,7 +111,7 @@ def stored(game: Game, clean: Pictures, on: str) -> Pictures:
 
 
 def _make(game: Game, chunk: Sequence[Example], on: str, attacker_round: int) -> list[Edit]:
-    """Pictures of this rank's share of the chunk, saved, with their integrity."""
+    """Pictures of this rank's share of the chunk, saved, with their integrity and their audit."""
     own = [chunk[i] for i in game.runtime.mine(len(chunk))]
     if on == "roundtrip":
         pictures = roundtrip(game.attacker, [example.image for example in own])
@@ -104,9 +123,12 @@ def _make(game: Game, chunk: Sequence[Example], on: str, attacker_round: int) ->
     for example, picture in zip(own, pictures):
         path = image_path(game.folder, on, example.question.id)
         picture.save(path)
-        example.image.resize(picture.size).save(image_path(game.folder, "clean", example.question.id))
+        clean = example.image.resize(picture.size)
+        clean.save(image_path(game.folder, "clean", example.question.id))
         boxes = integrity(example.image, picture, example.question.target_boxes, game.config.reward.pad)
-        rows.append(Edit(example.question.id, min(boxes), boxes, str(path.relative_to(Path(game.folder) / "evaluation"))))
+        found = audit(example.question, clean, picture) if on != "roundtrip" else None
+        relative = str(path.relative_to(Path(game.folder) / "evaluation"))
+        rows.append(Edit(example.question.id, min(boxes), boxes, relative, found and found.valid, found.kind if found else ""))
     return rows
 
 

@@ -70,6 +70,25 @@ def label_valid(edits: Edits, q_low: float) -> Share:
     return share(edit.audit for edit in edits.values() if edit.audit is not None and edit.q >= q_low)
 
 
+def attack_types(tables: Tables, q_low: float) -> dict[str, dict[str, dict]]:
+    """By Attacker and attack type: `share` of all its edits, and `attack_success` of these against each Defender; {} of untyped edits."""
+
+    def success(j: int, on: str, edits: Edits) -> Share:
+        rows = tables.predictions[j]
+        return attack_success(rows.get("roundtrip", {}), rows[on], edits, q_low)
+
+    def figures(on: str, attack: str) -> dict:
+        edits = {id: edit for id, edit in tables.edits[on].items() if edit.attack == attack}
+        seen = [j for j in tables.defenders if on in tables.predictions[j]]
+        return {
+            "share": share(edit.attack == attack for edit in tables.edits[on].values()),
+            "attack_success": {f"defender_{j}": success(j, on, edits) for j in seen},
+        }
+
+    found = {on: sorted({edit.attack for edit in tables.edits[on].values()} - {""}) for on in tables.attackers}
+    return {on: {attack: figures(on, attack) for attack in attacks} for on, attacks in found.items() if attacks}
+
+
 def of_kind(predictions: Predictions, kind: str) -> dict[str, Prediction]:
     """The rows of the questions of one kind."""
     return {id: row for id, row in predictions.items() if row.kind == kind}

@@ -10,7 +10,7 @@ from typing import Any
 
 from aot_fast.config import Config
 from aot_fast.evaluation import matrix
-from aot_fast.evaluation.statistics import Share
+from aot_fast.evaluation.statistics import Share, share
 from aot_fast.evaluation.tables import read_tables
 from aot_fast.metrics import read_rows, write_json
 from aot_fast.settings import config_hash
@@ -47,6 +47,21 @@ def _walk(tree: dict[str, Any], leaf) -> dict[str, Any]:
     return {key: leaf(value) if isinstance(value, Share) else _walk(value, leaf) for key, value in tree.items()}
 
 
+def curated_label_valid(run_folder: Path | str) -> dict[str, Share]:
+    """By round: share of the edits in the curated set whose answer is still true; rounds without an audited edit are left out."""
+    folders = sorted(Path(run_folder).glob("curated/round_[0-9]*"))
+    audits = {(folder.name, Path(row["image"]).name): row.get("audit") for folder in folders for row in read_rows(folder / "edits.jsonl")}
+    shares = {}
+    for folder in folders:
+        # A replayed edit lies in an earlier round's folder; names, not whole paths, for a run folder may be moved.
+        pictures = [Path(row["path"]) for row in read_rows(folder / "set.jsonl") if row["source"] == "edit"]
+        found = [audits.get((path.parent.parent.name, path.name)) for path in pictures]
+        valid = share(audit for audit in found if audit is not None)
+        if valid.n:
+            shares[f"round_{int(folder.name.removeprefix('round_'))}"] = valid
+    return shares
+
+
 def measure(run_folder: Path | str, q_low: float) -> dict[str, Any]:
     """The figures of MATH.md section 5 from the tables that exist so far.
 
@@ -58,6 +73,8 @@ def measure(run_folder: Path | str, q_low: float) -> dict[str, Any]:
     learned = matrix.attacker_difference(tables, q_low)
     label_valid = {on: matrix.label_valid(tables.edits[on], q_low) for on in tables.attackers}
     shares["label_valid"] = {on: valid for on, valid in label_valid.items() if valid.n}
+    shares["curated_label_valid"] = curated_label_valid(run_folder)
+    shares["attack_types"] = matrix.attack_types(tables, q_low)
     return {
         **_walk(shares, lambda share: share.value),
         "integrity": {on: matrix.integrity(edits).to_json() for on, edits in sorted(tables.edits.items())},

@@ -48,6 +48,8 @@ class Edit:
     """Path of the picture relative to the folder `evaluation`."""
     audit: bool | None = None
     """Whether the true answer is still true by the scene graph; None where there is none (photographs)."""
+    attack: str = ""
+    """Attack type, one of `data.audit.KINDS`; empty where there is no audit."""
 
 
 def safe_name(id: str) -> str:

@@ -6,34 +6,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
 from aot_fast.evaluation.summary import versions
-from aot_fast.metrics import atomic_write_text
-from aot_fast.report.curves import PLAYERS, plot_player
-from aot_fast.report.gallery import attacker_cards, curated_cards
-from aot_fast.report.headline import clock, cost, headlines, percent, phase_seconds
+from aot_fast.report.attacks import TYPES, attack_types
+from aot_fast.report.curves import HEALTH, LEARNING, PLAYERS, plot_player
+from aot_fast.report.gallery import OUTCOMES, Gallery, curated_cards, gallery
+from aot_fast.report.headline import cost, headlines, phase_seconds, tally
+from aot_fast.report.page import write_page
 from aot_fast.report.pictures import data_uri
 from aot_fast.report.run_files import RunFiles, read_run
 
-HERE = Path(__file__).parent
-OUTCOMES = {
-    "fooled": "valid edit; right without the attack, wrong on the edit",
-    "resisted": "valid edit; still right",
-    "rejected": "a target is damaged (q too low) or the true answer has changed",
-    "void": "wrong already without the attack, so it counts neither way",
+AIMS = {
+    "coevolution": "This page shows one such game: does the Defender become harder to fool, and at what price?",
+    "clean": "This is a control: the Defender trains on unedited pictures only.",
+    "roundtrip": "This is a control: the Defender trains on pictures that only went through the editor's codec.",
+    "random_edit": "This is a control: the Defender trains on edits of the Attacker as it was before the game.",
 }
 
 
+def _both_themes(run: RunFiles, player: str, panels: Mapping[str, str]) -> dict[str, str]:
+    """A picture of curves, once for light and once for dark screens; empty where nothing is logged."""
+    pictures = {theme: plot_player(run.rows, player, theme, panels) for theme in ("light", "dark")}
+    return {theme: data_uri(png, "png") if png else "" for theme, png in pictures.items()}
+
+
 def _curves(run: RunFiles) -> list[dict[str, Any]]:
-    """Each player's curves, once for light and once for dark screens."""
-    found = []
-    for player, phases in PLAYERS.items():
-        rows = [row for row in run.rows if row.get("phase") in phases]
-        if rows:
-            pictures = {theme: plot_player(rows, player, theme) for theme in ("light", "dark")}
-            found.append({"player": player, **{theme: data_uri(png, "png") if png else "" for theme, png in pictures.items()}})
-    return found
+    """What each player learns, and whether its training is sound."""
+    kinds = {"learning": LEARNING, "health": HEALTH}
+    found = [{"player": player} | {kind: _both_themes(run, player, panels) for kind, panels in kinds.items()} for player in PLAYERS]
+    return [item for item in found if item["learning"]["light"] or item["health"]["light"]]
 
 
 def _matrix(run: RunFiles, name: str) -> list[tuple[str, list[Mapping[str, Any] | None]]]:
@@ -72,21 +72,32 @@ def _troubles(run: RunFiles) -> list[str]:
     return troubles
 
 
-def _galleries(run: RunFiles) -> list[dict[str, Any]]:
-    galleries = []
-    for on in reversed(run.tables.attackers):
-        cards, counts, opponent = attacker_cards(run, on)
-        galleries.append({"title": on, "cards": cards, "counts": counts, "opponent": opponent})
-    return galleries
+def _galleries(run: RunFiles) -> list[Gallery]:
+    """The last Attacker first; of earlier ones half as many edits."""
+    few = max(2, run.num_gallery // 2)
+    attackers = list(reversed(run.tables.attackers))
+    counts = [run.num_gallery if k == 0 else few for k in range(len(attackers))]
+    return [gallery(run, on, (max(2, count // 2), max(2, count // 2), count)) for on, count in zip(attackers, counts)]
+
+
+def _curated(run: RunFiles) -> list[dict[str, Any]]:
+    """What each round's curation made; `valid`: the share of true answers, where it was audited."""
+    valid = run.figures["details"].get("curated_label_valid") or {}
+    return [
+        {"round": round, "edits": made.edits, "cards": curated_cards(run, round), "valid": valid.get(f"round_{round}")}
+        for round, made in run.curated.items()
+    ]
 
 
 def _context(run: RunFiles) -> dict[str, Any]:
-    phases = phase_seconds(run.seconds)
+    phases, found = phase_seconds(run.seconds), headlines(run)
     return {
         "run": run,
         "name": run.folder.resolve().name,
+        "aim": AIMS.get(run.arm, ""),
         "status": _status(run),
-        "headlines": headlines(run),
+        "headlines": found,
+        "tally": tally(found),
         "cost": list(cost(run)),
         "defenders": [f"defender_{j}" for j in run.tables.defenders],
         "success": _matrix(run, "attack_success"),
@@ -96,21 +107,17 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "curves": _curves(run),
         "galleries": _galleries(run),
         "outcomes": OUTCOMES,
-        "curated": [{"round": round, "edits": made.edits, "cards": curated_cards(run, round)} for round, made in run.curated.items()],
+        "attack_types": attack_types(run.figures),
+        "types": TYPES,
+        "curated": _curated(run),
         "phases": phases,
         "total_seconds": sum(total for total, _ in phases.values()),
         "troubles": _troubles(run),
         "versions": run.summary.get("versions") or versions(),
-        "style": (HERE / "style.css").read_text(encoding="utf-8"),
     }
 
 
 def build_report(run_folder: Path | str) -> Path:
     """Write `report.html` into a run folder, finished or not, and return its path; NotADirectoryError if there is no such folder."""
     run = read_run(run_folder)
-    # Autoescape: questions, answers and ids come from data files and models.
-    page = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"percent": percent, "clock": clock}
-    path = run.folder / "report.html"
-    atomic_write_text(path, page.get_template("template.html").render(_context(run)))
-    return path
+    return write_page(run.folder / "report.html", "run.html", _context(run))

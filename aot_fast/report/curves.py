@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,27 +17,31 @@ from matplotlib.axes import Axes
 
 PLAYERS = {"Attacker": ("attack",), "Defender": ("warmup", "defend")}
 """Phases in which each player trains."""
-PANELS = (
-    ("reward", "reward"),
-    ("accuracy of rollouts", "accuracy"),
-    ("integrity q", "q"),
-    ("efficacy e", "e"),
-    ("uniqueness u", "u"),
-    ("loss", "loss"),
-    ("ratio", "ratio"),
-    ("KL (old to new)", "kl"),
-    ("clipped share", "clip"),
-    ("entropy", "entropy"),
-    ("gradient norm", "grad_norm"),
-    ("response tokens", "response/tokens"),
-    ("learning rate", "lr"),
-)
-"""Title and name of a metric, in the order shown; one that a phase does not log is left out."""
+LEARNING = {
+    "reward": "reward",
+    "accuracy": "accuracy of sampled answers",
+    "e": "e: sampled answers that are wrong",
+    "q": "q: how intact the targets are",
+    "u": "u: edits without a second target",
+    "entropy": "entropy of the answers",
+}
+"""Title of each metric that tells what a player learns, in the order shown; one that a phase does not log is left out."""
+HEALTH = {
+    "loss": "loss",
+    "ratio": "ratio, new to old policy",
+    "kl": "KL, old to new policy",
+    "clip": "clipped share",
+    "grad_norm": "gradient norm",
+    "groups/degenerate": "groups without a signal",
+    "response/tokens": "response tokens",
+    "lr": "learning rate",
+}
+"""The same of metrics that tell whether training is sound."""
 THEMES = {
     "light": {"ink": "#3d4451", "grid": "#e3e6eb", "Attacker": "#c2410c", "Defender": "#0f766e"},
     "dark": {"ink": "#b6bdc9", "grid": "#343b47", "Attacker": "#fb923c", "Defender": "#2dd4bf"},
 }
-COLUMNS = 4
+COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,12 @@ class Series:
     values: list[float]
 
 
-def player_series(rows: list[dict[str, Any]], phases: tuple[str, ...]) -> tuple[list[Series], list[tuple[int, str]]]:
-    """The player's metrics, and where each of its phases begins (step, label)."""
+def player_series(
+    rows: list[dict[str, Any]], phases: tuple[str, ...], panels: Mapping[str, str]
+) -> tuple[list[Series], list[tuple[int, str]]]:
+    """The player's metrics named in `panels`, and where each of its phases begins (step, label)."""
     starts: list[tuple[int, str]] = []
-    series = {name: Series(title, [], []) for title, name in PANELS}
+    series = {name: Series(title, [], []) for name, title in panels.items()}
     begin, last = 0, None
     for row in rows:
         if row["phase"] not in phases:
@@ -92,14 +99,14 @@ def _draw(axes: Axes, series: Series, starts: list[tuple[int, str]], color: str,
     axes.set_facecolor("none")
 
 
-def plot_player(rows: list[dict[str, Any]], player: str, theme_name: str) -> bytes | None:
+def plot_player(rows: list[dict[str, Any]], player: str, theme_name: str, panels: Mapping[str, str]) -> bytes | None:
     """PNG of a player's curves on a transparent ground; None if it has logged none. A bold line is the mean of the last twelfth."""
-    series, starts = player_series(rows, PLAYERS[player])
+    series, starts = player_series(rows, PLAYERS[player], panels)
     if not series:
         return None
     theme = THEMES[theme_name]
     num_rows = -(-len(series) // COLUMNS)
-    figure, grid = plt.subplots(num_rows, COLUMNS, figsize=(3.1 * COLUMNS, 2.15 * num_rows), squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(num_rows, COLUMNS, figsize=(3.6 * COLUMNS, 2.2 * num_rows), squeeze=False, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
     for axes, found in zip(grid.flat, series):
         _draw(axes, found, starts, theme[player], theme)

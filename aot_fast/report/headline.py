@@ -133,6 +133,15 @@ def headlines(run: RunFiles) -> list[Headline]:
     return [headline for headline in (*robust, _clean(run), _attacker(run)) if headline]
 
 
+def tally(found: list[Headline]) -> str:
+    """Which way the comparisons went, in one sentence."""
+    moods = [headline.mood for headline in found]
+    good, bad, unclear = (moods.count(mood) for mood in ("good", "bad", "unclear"))
+    if not good:
+        return f"Nothing improved beyond chance in this run: {bad} of {len(found)} comparisons went down, {unclear} are unclear."
+    return f"Of {len(found)} comparisons, {good} improved beyond chance, {bad} went down, {unclear} are unclear."
+
+
 def cost(run: RunFiles) -> Iterator[str]:
     """Time and steps, and what the codec alone does."""
     seconds, counts = phase_seconds(run.seconds), steps_and_seconds(run.rows)[0]

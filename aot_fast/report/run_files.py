@@ -52,6 +52,10 @@ class RunFiles:
         return (self.config.get("reward") or {}).get("q_low", RewardConfig.q_low)
 
     @property
+    def arm(self) -> str:
+        return (self.config.get("game") or {}).get("arm", GameConfig.arm)
+
+    @property
     def all_played(self) -> bool:
         """Whether the Defender of the last round is evaluated: true a moment before the run is marked as finished."""
         rounds = (self.config.get("game") or {}).get("rounds", GameConfig.rounds)
@@ -68,9 +72,11 @@ class RunFiles:
         return seeds[0].get("seconds") or steps_and_seconds(self.rows)[1]
 
 
-def _json_file(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none, or it is torn."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
 
@@ -80,10 +86,11 @@ def _last_exit(folder: Path) -> dict[str, Any]:
     exit, metrics = folder / "exit.json", folder / "metrics.jsonl"
     if exit.is_file() and metrics.is_file() and exit.stat().st_mtime_ns < metrics.stat().st_mtime_ns:
         return {}
-    return _json_file(exit)
+    return read_json(exit)
 
 
-def _config(path: Path) -> tuple[str, dict[str, Any]]:
+def read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """Text and content of a YAML file; empty if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
         return text, yaml.safe_load(text) or {}
@@ -111,7 +118,7 @@ def read_run(folder: Path | str) -> RunFiles:
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: there is no such run folder")
-    text, config = _config(folder / "config.yaml")
+    text, config = read_config(folder / "config.yaml")
     curated = {
         int(path.parent.name.removeprefix("round_")): Curated(path.parent, read_rows(path))
         for path in folder.glob("curated/round_[0-9]*/edits.jsonl")
@@ -121,7 +128,7 @@ def read_run(folder: Path | str) -> RunFiles:
         config=config,
         config_text=text,
         rows=read_rows(folder / "metrics.jsonl"),
-        summary=_json_file(folder / "summary.json"),
+        summary=read_json(folder / "summary.json"),
         figures={},
         tables=read_tables(folder),
         curated=dict(sorted(curated.items())),

@@ -241,3 +241,20 @@ def test_solvable_wants_every_trial_right_on_both_pictures():
 
     questions = [edit_of(picture(), id=f"q{i}").example for i in range(3)]
     assert solvable(questions, coded, RewardConfig(solvable_trials=2), answerer, 0) == [True, False, False]
+
+
+def test_likelihood_takes_the_place_of_trials():
+    config = RewardConfig(efficacy="likelihood")
+
+    def likelihood(originals, edited):
+        assert [e.source for e in edited] == ["edit"] * 2 and [o.source for o in originals] == ["clean"] * 2
+        return [0.25, None]
+
+    kept, lost = score([edit_of(picture()), edit_of(picture())], config, answers("...."), None, likelihood)
+    assert kept.efficacy == kept.reward == 0.75 and kept.accepted and kept.answers == ()
+    assert math.isnan(lost.efficacy) and math.isnan(lost.reward) and not lost.accepted
+
+
+def test_likelihood_without_a_defender_that_tells_it_is_refused():
+    with pytest.raises(ValueError, match="reward.efficacy"):
+        score([edit_of(picture())], RewardConfig(efficacy="likelihood"), answers("...."), None)

@@ -1,5 +1,6 @@
 """The three trainings continue to the bit where they were killed; shared rows equal separate ones; the driver leaves loadable folders."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
-from aot_fast.bootstrap import attacker, defender, vae
+from aot_fast.bootstrap import attacker, defender, edits, training, vae
 from aot_fast.bootstrap.folders import build_tokenizer, image_processor
+from aot_fast.bootstrap.instructions import instruct
 from aot_fast.bootstrap.integrity import box_integrity, ssim
 from aot_fast.bootstrap.run import bootstrap
-from aot_fast.data.scenes import render
+from aot_fast.data.scenes import make_question, render
 
 SHORT = {"steps": 5, "warmup_steps": 2, "save_every": 100, "log_every": 1}
 STOP = 3
@@ -22,26 +24,34 @@ def _vae(folder, stop_at=None):
 
 
 def _defender(folder, stop_at=None):
-    return defender.train_defender(folder, replace(defender.PLAN, **SHORT), sight_steps=2, stop_at=stop_at)
+    plans = (replace(plan, **SHORT) for plan in (defender.PLAN, defender.SIGHT_PLAN, defender.FACTS_PLAN))
+    return defender.train_defender(folder, *plans, stop_at=stop_at)
+
+
+def _encoder(folder, stop_at=None):
+    plans = (replace(plan, **SHORT) for plan in (defender.SIGHT_PLAN, defender.FACTS_PLAN))
+    return defender.train_encoder(folder, *plans, stop_at=stop_at)
 
 
 def _attacker(folder, stop_at=None):
     torch.manual_seed(0)
     codec, encoder = vae.use_image_convolutions(AutoencoderKLQwenImage(**vae.CONFIG)), defender.build_defender(0).eval()
-    return attacker.train_attacker(codec, encoder, folder, replace(attacker.PLAN, **SHORT), num_questions=6, stop_at=stop_at)
+    plans = (replace(attacker.BASE_PLAN, **SHORT), replace(attacker.PLAN, **SHORT))
+    return attacker.train_attacker(codec, encoder, folder, plans, num_pairs=6, stop_at=stop_at)
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    for module, name in ((vae, "BATCH"), (defender, "PICTURES"), (defender, "SIGHT_PICTURES"), (attacker, "BATCH")):
+    sizes = ((vae, "BATCH"), (defender, "PICTURES"), (defender, "SIGHT_PICTURES"), (defender, "FACTS_PICTURES"), (attacker, "BATCH"))
+    for module, name in sizes:
         monkeypatch.setattr(module, name, 4)
 
 
-@pytest.mark.parametrize("train", [_vae, _defender, _attacker])
-def test_a_killed_training_continues_to_the_bit(train, tmp_path, small_batches):
+@pytest.mark.parametrize(("train", "last"), [(_vae, ""), (_encoder, "facts"), (_defender, ""), (_attacker, "")])
+def test_a_killed_training_continues_to_the_bit(train, last, tmp_path, small_batches):
     whole = train(tmp_path / "whole").state_dict()
     train(tmp_path / "parts", stop_at=STOP)
-    assert torch.load(tmp_path / "parts" / "state.pt")["step"] == STOP
+    assert torch.load(tmp_path / "parts" / last / "state.pt")["step"] == STOP
     continued = train(tmp_path / "parts").state_dict()
     assert all(torch.equal(value, continued[name]) for name, value in whole.items())
 
@@ -83,6 +93,47 @@ def test_shared_rows_give_the_logits_of_separate_prompts():
                 start += len(answer)
 
 
+def test_a_likeness_is_looked_at_from_the_start():
+    """Queries start as keys: among unlike vectors, each attends most to its own copy elsewhere."""
+    layer = defender.build_defender(0).model.language_model.layers[0].self_attn
+    words = torch.nn.functional.normalize(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), dim=-1) * 128**0.5
+    with torch.no_grad():
+        queries, keys = layer.q_proj(words).view(8, 4, 32), layer.k_proj(words).view(8, 2, 32).repeat_interleave(2, 1)
+    scores = torch.einsum("qhd,khd->hqk", queries, keys)
+    assert (scores.argmax(-1) == torch.arange(8)).float().mean() > 0.9
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
+    model = defender.WithProbe(defender.build_defender(0))
+    adamw, muon = defender.PLAN.optimizers(model)
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    hidden = {names[id(parameter)] for parameter in muon.param_groups[0]["params"]}
+    assert hidden and all("proj" in name or "mlp" in name or "attn" in name for name in hidden)
+    assert len(hidden) + len(adamw.param_groups[0]["params"]) == len(names)
+    assert not any("embed" in name or "probe" in name for name in hidden)
+
+
+def test_rates_warm_up_stay_and_fall():
+    plan = training.Plan(steps=100, lr=1.0, warmup_steps=10, decay_share=0.5)
+    assert [plan.rate_at(step) for step in (0, 9, 30, 50)] == pytest.approx([0.1, 1.0, 1.0, 1.0])
+    assert plan.rate_at(75) == pytest.approx(0.5) and plan.rate_at(99) == pytest.approx(0.02)
+
+
+def test_instructions_say_what_changed():
+    for index in range(60):
+        scene, _ = make_question("bootstrap", index, 64)
+        made = instruct(scene, random.Random(index))
+        verb, words = made.prompt.split()[0], set(made.prompt.rstrip(".").split())
+        gone, new = (set(a.objects) - set(b.objects) for a, b in ((scene, made.scene), (made.scene, scene)))
+        assert verb in ("Add", "Remove", "Replace") and len(new) <= 1 and len(gone) <= 1
+        assert (verb == "Add") == (not gone) and (verb == "Remove") == (not new and bool(gone))
+        for item in new:
+            assert words & {item.shape, item.color}
+        for item in gone:
+            assert {item.shape, item.color} <= words
+
+
 def test_patches_are_the_image_processors():
     picture = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     expected = image_processor()([Image.fromarray(picture[0].permute(1, 2, 0).numpy())], return_tensors="pt")
@@ -94,8 +145,8 @@ def test_packing_is_the_pipelines():
     from diffusers import QwenImageEditPipeline
 
     latents = torch.randn(2, 16, 16, 16)
-    assert torch.equal(attacker.pack_latents(latents), QwenImageEditPipeline._pack_latents(latents, 2, 16, 16, 16))
-    assert torch.equal(attacker.unpack_latents(attacker.pack_latents(latents)), latents)
+    assert torch.equal(edits.pack_latents(latents), QwenImageEditPipeline._pack_latents(latents, 2, 16, 16, 16))
+    assert torch.equal(edits.unpack_latents(edits.pack_latents(latents)), latents)
 
 
 def test_ssim_agrees_with_scikit_image():
@@ -121,6 +172,6 @@ def test_the_driver_leaves_folders_that_plain_libraries_load(tmp_path, small_bat
     card = bootstrap(tmp_path, seed=5, fast=True)
     loaded = AutoencoderKLQwenImage.from_pretrained(tmp_path / "attacker" / "vae")
     assert loaded.config.latents_mean != AutoencoderKLQwenImage(**vae.CONFIG).config.latents_mean
-    assert {"vae", "defender", "attacker", "seed", "command"} <= set(card) and (tmp_path / "CARD.md").exists()
-    for part in ("vae", "defender", "attacker"):
+    assert {"vae", "defender", "editor", "attacker", "seed", "command", "commit"} <= set(card) and (tmp_path / "CARD.md").exists()
+    for part in ("vae", "defender/sight", "defender/facts", "defender", "attacker/base", "attacker"):
         assert torch.load(tmp_path / "training" / part / "state.pt")["step"] == 2

@@ -34,6 +34,8 @@ ANSWERS = {
     (1, "attacker_0"): "RRRwww",
     (1, "attacker_1"): "RwRRRw",
 }
+ATTACKS = {"attacker_0": ["added", "added", "subtle", "added", "", "subtle"]}
+"""Types that the audit gave; attacker_1's edits are of an older table, without any."""
 EDITS = {
     # q, audit: c has lost its target, d is no longer true, e was never audited
     "attacker_0": [(0.9, True), (0.8, True), (0.5, True), (0.9, False), (0.7, None), (0.6, True)],
@@ -50,7 +52,9 @@ def run_folder(tmp_path):
         ]
         write_table(predictions_path(tmp_path, defender, on), rows)
     for on, edits in EDITS.items():
-        write_table(edits_path(tmp_path, on), [Edit(id, q, (q, 1.0), f"{id}.png", audit) for id, (q, audit) in zip("abcdef", edits)])
+        attacks = ATTACKS.get(on, [""] * 6)
+        rows = [Edit(id, q, (q, 1.0), f"{id}.png", audit, attack) for id, (q, audit), attack in zip("abcdef", edits, attacks)]
+        write_table(edits_path(tmp_path, on), rows)
     return tmp_path
 
 
@@ -72,6 +76,44 @@ def test_figures_of_the_hand_computed_example(run_folder):
     }
     # Audited edits with intact targets: a b d f of attacker_0, a b c f of attacker_1.
     assert found["label_valid"] == {"attacker_0": 3 / 4, "attacker_1": 3 / 4}
+
+
+def test_attack_types_have_their_share_of_all_edits_and_their_own_success(run_folder):
+    found = measure(run_folder, Q_LOW)
+    # added: a b d, of which a b are fair. subtle: c f, of which f is fair: right on both round trips, wrong on both edits.
+    assert found["attack_types"] == {
+        "attacker_0": {
+            "added": {"share": 3 / 6, "attack_success": {"defender_0": 0.0, "defender_1": 0.0}},
+            "subtle": {"share": 2 / 6, "attack_success": {"defender_0": 1.0, "defender_1": 1.0}},
+        }
+    }
+    detail = found["details"]["attack_types"]["attacker_0"]["added"]
+    assert (detail["share"]["n"], detail["attack_success"]["defender_0"]["n"]) == (6, 2)
+    assert "attack_types" not in found["by_kind"]["relation"]
+
+
+def write_curated(run_folder, round, audits, rows):
+    """`audits`: of all edits of the round, by name; `rows`: (source, round of the picture, name) of the set."""
+    folder = run_folder / "curated" / f"round_{round:03d}"
+    folder.mkdir(parents=True)
+    # Another folder than the one that is read: runs are moved.
+    path = "/where/it/was/made/curated/round_{:03d}/images/{}.png"
+    made = [{"image": f"images/{name}.png", "audit": audit, "accepted": True} for name, audit in audits.items()]
+    taken = [{"question_id": name, "source": source, "attacker_round": of, "path": path.format(of, name)} for source, of, name in rows]
+    for name, lines in (("edits", made), ("set", taken)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_curated_label_valid_counts_the_audited_edits_of_the_set(run_folder):
+    assert measure(run_folder, Q_LOW)["curated_label_valid"] == {}
+    write_curated(run_folder, 1, {"a": True, "b": False, "c": False}, [("edit", 1, "a"), ("edit", 1, "b"), ("roundtrip", 1, "c")])
+    # a of round 1 is replayed; its namesake of this round is another picture. c is a photograph's.
+    write_curated(run_folder, 2, {"a": False, "b": True, "c": None}, [("edit", 1, "a"), ("edit", 2, "b"), ("edit", 2, "c")])
+    write_curated(run_folder, 3, {"a": None}, [("edit", 3, "a")])
+    found = measure(run_folder, Q_LOW)
+    assert found["curated_label_valid"] == {"round_1": 1 / 2, "round_2": 1.0}
+    detail = found["details"]["curated_label_valid"]["round_2"]
+    assert (detail["value"], detail["n"], detail["high"]) == (1.0, 2, 1.0)
 
 
 def test_counts_intervals_and_kinds_stand_beside_the_figures(run_folder):
