@@ -274,7 +274,7 @@ class EvaluationConfig:
     num_attacked: int = 0
     """Held-out questions that each Attacker edits; 0: as num_questions."""
     rounds: Literal["all", "last"] = "all"
-    """all: every Defender answers every Attacker's edits. last: only the first and the last Defender do; Attackers edit after every round."""
+    """all: every Defender answers every Attacker's edits. last: only the first and the last one do; Attackers edit after every round."""
     attacks_from: str = ""
     """Folder of a finished run whose held-out round trips and edits are answered instead of this run's own; empty: its own."""
     gallery: int = 12

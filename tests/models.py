@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from aot_fast.bootstrap.defender import defender_config
 from aot_fast.bootstrap.folders import build_tokenizer, save_defender
+from aot_fast.bootstrap.model import defender_config
 from aot_fast.config import DefenderConfig, OptimizerConfig
 from aot_fast.data.scenes import make_question, render
 from aot_fast.data.schema import Example

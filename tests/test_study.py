@@ -228,7 +228,7 @@ def test_a_run_that_answered_other_edits_is_refused(child, tmp_path, capsys):
 
 def test_a_single_run_and_a_study_do_not_share_a_folder(child, tmp_path, capsys):
     assert main([*child, "--seeds", "0"]) == 0
-    assert main([*child]) == 2 and "holds a study" in capsys.readouterr().err
+    assert main([*child, "--dry-run"]) == 2 and "holds a study" in capsys.readouterr().err
     (tmp_path / "s" / "study.yaml").rename(tmp_path / "s" / "config.yaml")
     assert main([*child, "--seeds", "0"]) == 2 and "single run" in capsys.readouterr().err
 

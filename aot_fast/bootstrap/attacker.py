@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from aot_fast.bootstrap.defender import picture_of, right_answers
+from aot_fast.bootstrap.answers import right_answers
 from aot_fast.bootstrap.edits import (
     LATENT_SIDE,
     EditPool,
@@ -33,6 +33,7 @@ from aot_fast.bootstrap.edits import (
 )
 from aot_fast.bootstrap.folders import IMAGE_PX, scheduler
 from aot_fast.bootstrap.integrity import box_integrity
+from aot_fast.bootstrap.rows import pictures_of
 from aot_fast.bootstrap.training import Plan, train
 from aot_fast.data.audit import Audit, audit
 from aot_fast.data.implant import matches
@@ -187,7 +188,7 @@ def sample_split(
 ) -> Sampled:
     """One edit of each of the first questions of a split, asked for as the game asks."""
     scenes, questions = zip(*(make_question(split, index, IMAGE_PX) for index in range(num_questions)))
-    pictures = torch.stack([picture_of(scene) for scene in scenes])
+    pictures = pictures_of(scenes)
     reference = encode_reference(vae, pictures)
     embeds, mask = encode_prompts(encoder, to_images(pictures), [edit_prompt(question.question) for question in questions])
     generator = torch.Generator().manual_seed(0)

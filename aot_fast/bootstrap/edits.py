@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from aot_fast.bootstrap.defender import chat_inputs, picture_of
+from aot_fast.bootstrap.answers import chat_inputs
 from aot_fast.bootstrap.folders import EDIT_PREFIX_TOKENS, EDIT_TEMPLATE, IMAGE_PX, build_tokenizer
 from aot_fast.bootstrap.instructions import instruct
+from aot_fast.bootstrap.rows import pictures_of
 from aot_fast.bootstrap.training import save_atomically
 from aot_fast.bootstrap.vae import decode_latents, encode_pictures
 from aot_fast.data.implant import implant
@@ -123,7 +124,7 @@ class EditPool:
 
 def encode_pool(vae: AutoencoderKLQwenImage, encoder: Qwen2_5_VLForConditionalGeneration, pairs: Sequence[Pair]) -> EditPool:
     """Latents of both pictures of each pair, and its prompt's embedding."""
-    before, after = (torch.stack([picture_of(scene) for scene in scenes]) for scenes in zip(*((p.before, p.after) for p in pairs)))
+    before, after = (pictures_of(scenes) for scenes in zip(*((p.before, p.after) for p in pairs)))
     embeds, mask = encode_prompts(encoder, to_images(before), [pair.prompt for pair in pairs])
     return EditPool(encode_reference(vae, before).half(), encode_reference(vae, after).half(), embeds.half(), mask)
 

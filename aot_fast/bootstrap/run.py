@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from aot_fast.bootstrap import attacker, defender, vae
+from aot_fast.bootstrap.answers import accuracy_by_kind
 from aot_fast.bootstrap.folders import save_attacker, save_defender
 from aot_fast.bootstrap.training import Plan
 
@@ -127,7 +128,7 @@ def _figures(out: Path, codec: AutoencoderKLQwenImage, num_checked: int, trainin
     answering = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "defender", dtype=torch.float32).eval()
     figures = {
         "vae": vae.round_trip_metrics(codec, "validation", num_checked),
-        "defender": defender.accuracy_by_kind(answering, "validation", num_checked),
+        "defender": accuracy_by_kind(answering, "validation", num_checked),
     }
     for name, folder in (("editor", training / "attacker" / "base" / "model"), ("attacker", out / "attacker" / "transformer")):
         transformer = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()

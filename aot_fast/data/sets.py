@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import overload
 
-from aot_fast.config import DataConfig
+from aot_fast.config import WORLD_VALIDATION, DataConfig
 from aot_fast.data.images import ImageStore, load_image
 from aot_fast.data.questions import read_questions, split_heldout
 from aot_fast.data.scenes import write_world
@@ -94,7 +94,8 @@ def _prepare(config: DataConfig, run_folder: Path, seed: int) -> None:
     if (folder / "heldout.jsonl").is_file():  # checked by the launch that began the run
         return
     if config.train == "world":
-        sets = {name: _world(config, folder / "world" / name, name) for name in ("train", "heldout")}
+        splits = {"train": "train", "heldout": "validation" if config.heldout == WORLD_VALIDATION else "heldout"}
+        sets = {name: _world(config, folder / "world" / split, split) for name, split in splits.items()}
     else:
         sets = _user_sets(config, seed)
     for name, (questions, images) in sets.items():
@@ -105,9 +106,9 @@ def _prepare(config: DataConfig, run_folder: Path, seed: int) -> None:
         atomic_write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
-def _world(config: DataConfig, folder: Path, name: str) -> tuple[list[Question], Path]:
-    count = {"train": config.num_train or WORLD_TRAIN, "heldout": config.num_heldout or WORLD_HELDOUT}[name]
-    return read_questions(write_world(folder, name, count, config.world_size), folder), folder
+def _world(config: DataConfig, folder: Path, split: str) -> tuple[list[Question], Path]:
+    count = config.num_train or WORLD_TRAIN if split == "train" else config.num_heldout or WORLD_HELDOUT
+    return read_questions(write_world(folder, split, count, config.world_size), folder), folder
 
 
 def _user_sets(config: DataConfig, seed: int) -> dict[str, tuple[list[Question], Path]]:

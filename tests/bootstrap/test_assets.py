@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import aot_fast
+from aot_fast.bootstrap.answers import accuracy_by_kind
 from aot_fast.bootstrap.attacker import attack_metrics
-from aot_fast.bootstrap.defender import accuracy_by_kind
 from aot_fast.bootstrap.folders import EDIT_PREFIX, build_tokenizer
 from aot_fast.bootstrap.vae import round_trip_metrics, use_image_convolutions
 

@@ -9,9 +9,15 @@ from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
 from aot_fast.bootstrap import attacker, defender, edits, training, vae
+from aot_fast.bootstrap import exchanges as exchanges_module
+from aot_fast.bootstrap.answers import chat_inputs
+from aot_fast.bootstrap.exchanges import draw_examples
 from aot_fast.bootstrap.folders import build_tokenizer, image_processor
 from aot_fast.bootstrap.instructions import instruct
 from aot_fast.bootstrap.integrity import box_integrity, ssim
+from aot_fast.bootstrap.model import build_defender
+from aot_fast.bootstrap.probe import WithProbe
+from aot_fast.bootstrap.rows import answer_logits, pack_rows, patchify, pictures_of, prefix_text
 from aot_fast.bootstrap.run import bootstrap
 from aot_fast.data.scenes import make_question, render
 
@@ -35,14 +41,15 @@ def _encoder(folder, stop_at=None):
 
 def _attacker(folder, stop_at=None):
     torch.manual_seed(0)
-    codec, encoder = vae.use_image_convolutions(AutoencoderKLQwenImage(**vae.CONFIG)), defender.build_defender(0).eval()
+    codec, encoder = vae.use_image_convolutions(AutoencoderKLQwenImage(**vae.CONFIG)), build_defender(0).eval()
     plans = (replace(attacker.BASE_PLAN, **SHORT), replace(attacker.PLAN, **SHORT))
     return attacker.train_attacker(codec, encoder, folder, plans, num_pairs=6, stop_at=stop_at)
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    sizes = ((vae, "BATCH"), (defender, "PICTURES"), (defender, "SIGHT_PICTURES"), (defender, "FACTS_PICTURES"), (attacker, "BATCH"))
+    sizes = [(vae, "BATCH"), (defender, "SIGHT_PICTURES"), (attacker, "BATCH")]
+    sizes += [(exchanges_module, "PICTURES"), (exchanges_module, "FACTS_PICTURES")]
     for module, name in sizes:
         monkeypatch.setattr(module, name, 4)
 
@@ -75,18 +82,18 @@ def test_image_convolutions_change_nothing():
 
 
 def test_shared_rows_give_the_logits_of_separate_prompts():
-    model, tokenizer = defender.build_defender(0).eval(), build_tokenizer()
-    scenes, exchanges = defender._draw_examples(torch.Generator().manual_seed(0))
+    model, tokenizer = build_defender(0).eval(), build_tokenizer()
+    scenes, exchanges = draw_examples(torch.Generator().manual_seed(0))
     scenes, exchanges = scenes[:2], exchanges[:2]
-    rows = defender.pack_rows(model, tokenizer, torch.stack([defender.picture_of(scene) for scene in scenes]), exchanges)
+    rows = pack_rows(model, tokenizer, pictures_of(scenes), exchanges)
     with torch.no_grad():
-        logits, targets, _ = defender.answer_logits(model, rows)
+        logits, targets, _ = answer_logits(model, rows)
         start = 0
         for scene, row in zip(scenes, exchanges):
             for asked, response in row:
                 answer = tokenizer(response, return_tensors="pt").input_ids[0]
-                text = defender.prefix_text(1) + asked + response
-                inputs = defender.chat_inputs(tokenizer, [render(scene, 64)], [text], model.config.image_token_id)
+                text = prefix_text(1) + asked + response
+                inputs = chat_inputs(tokenizer, [render(scene, 64)], [text], model.config.image_token_id)
                 alone = model(**inputs).logits[0, -len(answer) - 1 : -1]
                 assert torch.equal(targets[start : start + len(answer)], answer)
                 torch.testing.assert_close(logits[start : start + len(answer)], alone, rtol=1e-4, atol=1e-5)
@@ -95,7 +102,7 @@ def test_shared_rows_give_the_logits_of_separate_prompts():
 
 def test_a_likeness_is_looked_at_from_the_start():
     """Queries start as keys: among unlike vectors, each attends most to its own copy elsewhere."""
-    layer = defender.build_defender(0).model.language_model.layers[0].self_attn
+    layer = build_defender(0).model.language_model.layers[0].self_attn
     words = torch.nn.functional.normalize(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), dim=-1) * 128**0.5
     with torch.no_grad():
         queries, keys = layer.q_proj(words).view(8, 4, 32), layer.k_proj(words).view(8, 2, 32).repeat_interleave(2, 1)
@@ -104,7 +111,7 @@ def test_a_likeness_is_looked_at_from_the_start():
 
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
-    model = defender.WithProbe(defender.build_defender(0))
+    model = WithProbe(build_defender(0))
     adamw, muon = defender.PLAN.optimizers(model)
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -137,7 +144,7 @@ def test_instructions_say_what_changed():
 def test_patches_are_the_image_processors():
     picture = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     expected = image_processor()([Image.fromarray(picture[0].permute(1, 2, 0).numpy())], return_tensors="pt")
-    pixels, grid = defender.patchify(picture)
+    pixels, grid = patchify(picture)
     assert torch.equal(pixels, expected["pixel_values"]) and torch.equal(grid, expected["image_grid_thw"])
 
 

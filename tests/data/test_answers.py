@@ -1,6 +1,5 @@
 """Promises of answer parsing: the order of the rules."""
 
-
 import pytest
 
 from aot_fast.data.answers import parse_answer, score

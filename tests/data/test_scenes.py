@@ -5,10 +5,12 @@ import json
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import aot_fast
 from aot_fast.data.scenes import COLORS, DRAFTS, SPLITS, Scene, answer_of, make_question, overlaps, render, sample_question, write_world
 
 COUNT = 400
@@ -16,7 +18,7 @@ COUNT = 400
 
 @pytest.fixture(scope="module")
 def world():
-    return [make_question("heldout", index, 64) for index in range(COUNT)]
+    return [make_question("validation", index, 64) for index in range(COUNT)]
 
 
 def test_same_seed_gives_the_same_pixels_and_question():
@@ -68,7 +70,7 @@ def test_relation_turns_over_with_the_mirrored_scene(world):
 @pytest.mark.parametrize("size_px", [64, 200])  # the small world's own size, and one that is no multiple of the latent grid
 def test_boxes_hold_their_objects_and_nothing_of_others(size_px):
     for index in range(60):
-        scene, _ = make_question("heldout", index, size_px)
+        scene, _ = make_question("validation", index, size_px)
         empty = np.asarray(render(replace(scene, objects=()), size_px)).astype(int)
         for item in scene.objects:
             alone = np.asarray(render(replace(scene, objects=(item,)), size_px)).astype(int)
@@ -91,7 +93,7 @@ def test_targets_are_objects_of_the_scene(world):
 
 def test_an_object_shows_its_colour():
     for index in range(40):
-        scene, _ = make_question("heldout", index, 64)
+        scene, _ = make_question("validation", index, 64)
         for item in scene.objects:
             if item.shape in ("circle", "square", "diamond", "cross", "star"):
                 pixel = render(scene, 64).getpixel((int(item.x * 64), int(item.y * 64)))
@@ -108,10 +110,22 @@ def test_questions_do_not_depend_on_the_state_of_a_global_generator():
 
 def test_written_world_reads_like_user_data_and_10k_take_under_20_seconds(tmp_path):
     start = time.process_time()
-    path = write_world(tmp_path, "heldout", 300, 64, seed_offset=100)
+    path = write_world(tmp_path, "validation", 300, 64, seed_offset=100)
     # 2 ms a question is 20 s for 10k; it takes about 1 ms on an idle core, and the bound leaves a busy machine a factor of two.
     assert (time.process_time() - start) / 300 < 0.002
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(records) == 300 and (tmp_path / records[0]["image"]).exists()
     assert list(records[0]) == ["id", "image", "question", "answer", "options", "target_boxes", "target_names", "kind", "scene"]
-    assert Scene.from_json(records[0]["scene"]) == make_question("heldout", 100, 64)[0]
+    assert Scene.from_json(records[0]["scene"]) == make_question("validation", 100, 64)[0]
+
+
+def test_heldout_scenes_come_from_seeds_that_nothing_is_trained_or_tuned_on():
+    """Held out are seeds 40,000,000 to 49,999,999; the retired 10 to 20 million, once looked at while tuning, are in no split."""
+    assert SPLITS["heldout"] == range(40_000_000, 50_000_000)
+    ranges = sorted(SPLITS.values(), key=lambda seeds: seeds.start)
+    assert all(a.stop <= b.start for a, b in zip(ranges, ranges[1:]))
+    assert not any(seeds.start < 20_000_000 and seeds.stop > 10_000_000 for seeds in SPLITS.values())
+    package = Path(aot_fast.__file__).parent
+    naming = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if '"heldout"' in path.read_text(encoding="utf-8")}
+    # The split itself, the game's held-out set of that name, and the report that shows it: no bootstrap, no doctor.
+    assert naming == {"data/scenes.py", "data/sets.py", "report/run_files.py"}

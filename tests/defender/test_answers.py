@@ -37,7 +37,9 @@ def test_likelihood_is_the_rate_at_which_samples_repeat_the_answer(defender, pai
     count = 2000
     for original, example, p in zip(originals, edited, told):
         answer = sample(defender, [original], [0], Sampling(1, 0.0, 1.0, 2))[0][0].ids.tolist()
-        tried = sample(replace(defender, config=replace(defender.config, rollout_batch=count)), [example], [7], Sampling(count, 1.0, 1.0, 2))[0]
+        tried = sample(
+            replace(defender, config=replace(defender.config, rollout_batch=count)), [example], [7], Sampling(count, 1.0, 1.0, 2)
+        )[0]
         rate = sum(response.ids.tolist() == answer for response in tried) / count
         assert rate == pytest.approx(p, abs=4 * (max(p, 1e-3) / count) ** 0.5)  # four standard errors
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from aot_fast.bootstrap.defender import defender_config
 from aot_fast.bootstrap.folders import build_tokenizer, save_processor
+from aot_fast.bootstrap.model import defender_config
 from aot_fast.config import EngineConfig, LoraConfig
 from aot_fast.defender import dapo
 from aot_fast.defender.model import export_defender, load_defender, load_frozen

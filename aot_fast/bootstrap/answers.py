@@ -1,0 +1,57 @@
+"""The small Defender's answers through the library's own `generate`, and how many are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from aot_fast.bootstrap.exchanges import branch_text
+from aot_fast.bootstrap.folders import IMAGE_PX, build_tokenizer, image_processor
+from aot_fast.bootstrap.rows import prefix_text
+from aot_fast.data.scenes import make_question, render
+from aot_fast.data.schema import Question
+
+
+def chat_inputs(
+    tokenizer: Qwen2Tokenizer, images: Sequence[Image.Image], texts: Sequence[str], image_token_id: int, padding_side: str = "left"
+) -> dict[str, Tensor]:
+    """Model inputs for prompts with one <|image_pad|> each."""
+    pixels = image_processor()(list(images), return_tensors="pt")
+    counts = (pixels["image_grid_thw"].prod(-1) // 4).tolist()
+    expanded = [text.replace("<|image_pad|>", "<|image_pad|>" * count) for text, count in zip(texts, counts)]
+    inputs = tokenizer(expanded, padding=True, padding_side=padding_side, return_tensors="pt")
+    return {**inputs, **pixels, "mm_token_type_ids": (inputs["input_ids"] == image_token_id).long()}
+
+
+@torch.no_grad()
+def greedy_answers(model: Qwen2_5_VLForConditionalGeneration, images: Sequence[Image.Image], questions: Sequence[Question]) -> list[str]:
+    """Responses at temperature 0, through the library's own `generate`."""
+    tokenizer, answers = build_tokenizer(), []
+    for start in range(0, len(questions), 100):
+        part = slice(start, start + 100)
+        texts = [prefix_text(1) + branch_text(question) for question in questions[part]]
+        inputs = chat_inputs(tokenizer, images[part], texts, model.config.image_token_id)
+        tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        answers += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return answers
+
+
+def right_answers(model: Qwen2_5_VLForConditionalGeneration, images: Sequence[Image.Image], questions: Sequence[Question]) -> Tensor:
+    """Whether each greedy response boxes the true answer, [N]."""
+    answers = greedy_answers(model, images, questions)
+    return torch.tensor([f"\\boxed{{{question.answer}}}" in answer for question, answer in zip(questions, answers)])
+
+
+def accuracy_by_kind(model: Qwen2_5_VLForConditionalGeneration, split: str, num_questions: int) -> dict[str, float]:
+    """Greedy accuracy on multiple-choice questions about clean scenes, in all and by kind."""
+    pairs = [make_question(split, index, IMAGE_PX) for index in range(num_questions)]
+    questions = [question for _, question in pairs]
+    right = right_answers(model, [render(scene, IMAGE_PX) for scene, _ in pairs], questions).float()
+    scores = {"all": right.mean().item()}
+    for kind in sorted({question.kind for question in questions}):
+        scores[kind] = right[torch.tensor([question.kind == kind for question in questions])].mean().item()
+    return scores

@@ -1,0 +1,86 @@
+"""What the small Defender is asked and told about scenes of the bootstrap split; fresh ones at every step, so nothing can be memorised."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from aot_fast.bootstrap.facts import REQUEST, facts, letter_drill
+from aot_fast.bootstrap.folders import IMAGE_PX
+from aot_fast.bootstrap.rows import Exchange, turn_text
+from aot_fast.data.implant import matches
+from aot_fast.data.scenes import COLORS, SHAPES, SPLITS, Scene, plural, sample_question, sample_scene
+from aot_fast.data.schema import LETTERS, Question, question_text
+
+FACTS_PICTURES = 40
+PICTURES = 24
+QUESTIONS_PER_PICTURE = 4
+OPEN_SHARE = 0.1
+"""Questions asked without options, as a user's data may."""
+JUDGE_SHARE = 0.12
+"""Questions put as the uniqueness judge puts them: how many of a named thing, with the options below in this order."""
+JUDGE_OPTIONS = ("0", "1", "2", "3 or more")
+END = "<|im_end|>"
+NAMES = {"shape": SHAPES, "color": tuple(COLORS)}
+Draw = Callable[[torch.Generator], tuple[list[Scene], list[list[Exchange]]]]
+"""Scenes, and the exchanges about each."""
+
+
+def branch_text(question: Question) -> str:
+    return turn_text(question_text(question.question, question.options or None))
+
+
+def response_text(question: Question) -> str:
+    """The word, then the letter: the letter is easy to learn once the word is there."""
+    answer = question.options[LETTERS.index(question.answer)] if question.options else question.answer
+    return f"{answer} \\boxed{{{question.answer}}}{END}"
+
+
+def exchange(question: Question) -> Exchange:
+    return branch_text(question), response_text(question)
+
+
+def without_options(question: Question) -> Question:
+    """The same question asked openly."""
+    return replace(question, answer=question.options[LETTERS.index(question.answer)], options=())
+
+
+def judge_question(scene: Scene, rng: random.Random) -> Question:
+    """How many of a named thing there are, which may be in the picture or not."""
+    shapes, colors = (rng.choice((getattr(rng.choice(scene.objects), key), rng.choice(names))) for key, names in NAMES.items())
+    name = rng.choice((shapes, f"{colors} object", f"{colors} {shapes}"))
+    count = sum(matches(item, name) for item in scene.objects)
+    asked = name if rng.random() < 0.5 else plural(name)
+    return Question("", "", f"How many {asked} are there?", LETTERS[min(count, 3)], JUDGE_OPTIONS, kind="judge")
+
+
+def _draw_question(scene: Scene, rng: random.Random) -> Question:
+    style = rng.random()
+    if style < JUDGE_SHARE:
+        return judge_question(scene, rng)
+    question = sample_question(scene, rng, IMAGE_PX)
+    return without_options(question) if style < JUDGE_SHARE + OPEN_SHARE else question
+
+
+def draw_facts(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
+    """One list of facts about each of many scenes."""
+    split = SPLITS["bootstrap"]
+    seeds = torch.randint(len(split), (FACTS_PICTURES,), generator=generator).tolist()
+    scenes = [sample_scene(split[seed]) for seed in seeds]
+    return scenes, [[(turn_text(REQUEST), facts(scene, random.Random(f"facts {seed}")) + END)] for seed, scene in zip(seeds, scenes)]
+
+
+def draw_examples(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
+    """Fresh bootstrap scenes at every step: nothing can be memorised."""
+    split = SPLITS["bootstrap"]
+    seeds = torch.randint(len(split), (PICTURES,), generator=generator).tolist()
+    scenes, exchanges = [sample_scene(split[seed]) for seed in seeds], []
+    for seed, scene in zip(seeds, scenes):
+        rng = random.Random(f"sft {seed}")
+        row = [exchange(_draw_question(scene, rng)) for _ in range(QUESTIONS_PER_PICTURE)]
+        options, letters = letter_drill(rng)
+        exchanges.append([*row, (turn_text(REQUEST), facts(scene, rng) + END), (turn_text(options), letters + END)])
+    return scenes, exchanges
