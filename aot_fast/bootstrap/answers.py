@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from aot_fast.bootstrap.exchanges import branch_text
 from aot_fast.bootstrap.folders import IMAGE_PX, build_tokenizer, image_processor
 from aot_fast.bootstrap.rows import prefix_text
+from aot_fast.data.answers import score
 from aot_fast.data.scenes import make_question, render
 from aot_fast.data.schema import Question
 
@@ -41,9 +42,9 @@ def greedy_answers(model: Qwen2_5_VLForConditionalGeneration, images: Sequence[I
 
 
 def right_answers(model: Qwen2_5_VLForConditionalGeneration, images: Sequence[Image.Image], questions: Sequence[Question]) -> Tensor:
-    """Whether each greedy response boxes the true answer, [N]."""
+    """Whether each greedy response is right, [N]."""
     answers = greedy_answers(model, images, questions)
-    return torch.tensor([f"\\boxed{{{question.answer}}}" in answer for question, answer in zip(questions, answers)])
+    return torch.tensor([score(question, answer).correct for question, answer in zip(questions, answers)])
 
 
 def accuracy_by_kind(model: Qwen2_5_VLForConditionalGeneration, split: str, num_questions: int) -> dict[str, float]:

@@ -23,8 +23,8 @@ SIGHT_PLAN = Plan(steps=600, lr=2e-3, muon_lr=0.02, warmup_steps=50, weight_deca
 SIGHT_PICTURES = 48
 FACTS_PLAN = Plan(steps=800, lr=2e-3, muon_lr=0.02, warmup_steps=50, weight_decay=0.01, ema_decay=0.99)
 """The language model alone, on true statements: one token in four carries information, in a question one in forty-five."""
-PLAN = Plan(steps=1400, lr=2e-3, muon_lr=0.02, warmup_steps=50, weight_decay=0.01, ema_decay=0.995)
-"""Answers, beside facts; all weights."""
+PLAN = Plan(steps=2000, lr=2e-3, muon_lr=0.02, warmup_steps=50, weight_decay=0.01, ema_decay=0.995)
+"""Answers, beside facts."""
 PROBE_WEIGHT = 2.0
 """Keeps the pictures readable, and their words' embeddings in step with them, while answers are learned."""
 
@@ -76,10 +76,16 @@ def train_language(model: WithProbe, draw: Draw, folder: Path, plan: Plan, stop_
     train(model, batch_loss, plan, folder, stop_at)
 
 
-def train_encoder(folder: Path, sight: Plan = SIGHT_PLAN, facts: Plan = FACTS_PLAN, stop_at: int | None = None) -> WithProbe:
-    """A Defender that sees and states facts, from scratch or from the states in `folder`: also the Attacker's text encoder."""
-    model = WithProbe(build_defender(sight.seed))
-    train_sight(model, folder / "sight", sight)
+def train_eyes(folder: Path, plan: Plan = SIGHT_PLAN) -> WithProbe:
+    """A Defender that sees, from scratch or from the state in `folder`: also the Attacker's text encoder."""
+    model = WithProbe(build_defender(plan.seed))
+    train_sight(model, folder / "sight", plan)
+    return model
+
+
+def train_reader(folder: Path, sight: Plan = SIGHT_PLAN, facts: Plan = FACTS_PLAN, stop_at: int | None = None) -> WithProbe:
+    """A Defender that sees and states facts, from scratch or from the states in `folder`."""
+    model = train_eyes(folder, sight)
     vision = model.defender.model.visual.parameters
     _freeze(vision())
     train_language(model, draw_facts, folder / "facts", facts, stop_at)
@@ -91,6 +97,10 @@ def train_defender(
     folder: Path, plan: Plan = PLAN, sight: Plan = SIGHT_PLAN, facts: Plan = FACTS_PLAN, stop_at: int | None = None
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Vision, facts, then answers; from scratch, or from the states in `folder`."""
-    model = train_encoder(folder, sight, facts)
+    model = train_reader(folder, sight, facts)
+    vision = model.defender.model.visual.parameters
+    # Its probe is at 99 % of the shapes already; trained on, features grow to seven times their length in 600 steps.
+    _freeze(vision())
     train_language(model, draw_examples, folder, plan, stop_at)
+    _freeze(vision(), False)
     return model.defender

@@ -10,9 +10,7 @@ import random
 
 from aot_fast.data.implant import matches
 from aot_fast.data.scenes import COLORS, RELATION_MARGIN, SHAPES, Scene, plural
-from aot_fast.data.schema import LETTERS, question_text
 
-RELATIONS = ("left of", "right of", "above", "below")
 REQUEST = "Describe the picture."
 FACTS_PER_PICTURE = 8
 CENTRE_MARGIN = 0.08
@@ -36,6 +34,7 @@ def _place(scene: Scene, rng: random.Random) -> str | None:
         return None
     sides = ((item.x, "left", "right"), (item.y, "above", "below"))
     words = [low if value < 0.5 else high for value, low, high in sides if abs(value - 0.5) > CENTRE_MARGIN]
+    rng.shuffle(words)
     return f"the {rng.choice((item.shape, item.name))} {' '.join(words)}." if words else None
 
 
@@ -66,10 +65,3 @@ def facts(scene: Scene, rng: random.Random) -> str:
     """A random list of facts; what is ambiguous is left out."""
     drawn = [rng.choices(list(SHARES), SHARES.values())[0](scene, rng) for _ in range(FACTS_PER_PICTURE)]
     return " ".join(fact for fact in drawn if fact)
-
-
-def letter_drill(rng: random.Random) -> tuple[str, str]:
-    """Four options and, as the response, all of them in another order with their letters: finding a word's letter needs no picture."""
-    options = rng.sample(rng.choice((tuple(COLORS), SHAPES, (*COLORS, *SHAPES, *RELATIONS, *"01234", "yes", "no"))), 4)
-    pairs = rng.sample(list(zip(options, LETTERS)), len(options))
-    return question_text("", options).strip(), " ".join(f"{option} \\boxed{{{letter}}}" for option, letter in pairs)

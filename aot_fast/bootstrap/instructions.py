@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from aot_fast.data.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject, free_place
+from aot_fast.data.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject, roomiest_place
 
 KINDS = {"add": 0.7, "remove": 0.12, "replace": 0.18}
 """Share of each kind; what a scene has no room for is drawn again."""
@@ -25,7 +25,7 @@ class Instruction:
 
 def _add(scene: Scene, rng: random.Random) -> Instruction | None:
     size = round(rng.uniform(*SIZES), 4)
-    place = free_place([item.box for item in scene.objects], size, rng)
+    place = roomiest_place([item.box for item in scene.objects], size, rng)
     if place is None:
         return None
     item = SceneObject(rng.choice(SHAPES), rng.choice(list(COLORS)), size, *place)

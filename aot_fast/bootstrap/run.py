@@ -56,11 +56,14 @@ def _train_codec(training: Path, plan: Plan, num_scenes: int) -> None:
 
 
 def _train_encoder(training: Path, plans: Plans) -> None:
-    """The Attacker's text encoder is the Defender before it learns to answer, so that the two can go on side by side."""
+    """The Attacker's text encoder is the Defender that sees but has not learned to speak: its layers are still silent.
+
+    Words and picture tokens then reach the transformer as they are. After the facts, a word's last state tells of the word to come
+    instead: asked for a red star, the editor did not learn which colour was meant.
+    """
     folder = training / "encoder"
     if not (folder / "config.json").exists():
-        encoder = defender.train_encoder(training / "defender", plans.sight, plans.facts)
-        save_defender(encoder.defender, folder, torch.float32)
+        save_defender(defender.train_eyes(training / "defender", plans.sight).defender, folder, torch.float32)
 
 
 def _load_frozen(training: Path) -> tuple[AutoencoderKLQwenImage, Qwen2_5_VLForConditionalGeneration]:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from aot_fast.data.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject, answer_of, free_place, overlaps
+from aot_fast.data.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject, answer_of, overlaps, roomiest_place
 from aot_fast.data.schema import Box, Question, edit_prompt
 
 KINDS = {"added": 0.5, "subtle": 0.15, "replaced": 0.15, "recolored": 0.1, "removed": 0.1}
@@ -60,7 +60,8 @@ def _add(
     scene: Scene, targets: list[SceneObject], sizes: tuple[float, float], rng: random.Random
 ) -> tuple[Scene, list[SceneObject], list[Box]]:
     size = round(rng.uniform(*sizes), 4)
-    place = free_place([item.box for item in scene.objects], size, rng)
+    # Where there is most room: were every free place as likely, a small editor would have to agree with itself on one, and draws blobs.
+    place = roomiest_place([item.box for item in scene.objects], size, rng)
     if place is None:
         return scene, [], []
     item = SceneObject(*_distractor_name(targets, rng), size, *place)

@@ -220,6 +220,17 @@ def free_place(boxes: list[Box], size: float, rng: random.Random, tries: int = 6
     return None
 
 
+def roomiest_place(boxes: list[Box], size: float, rng: random.Random, tries: int = 40) -> tuple[float, float] | None:
+    """Of some free centres the one farthest from all boxes and from the border: a place that the picture itself suggests."""
+
+    def room(place: tuple[float, float]) -> float:
+        gaps = [max(abs(place[i] - (box[i] + box[i + 2] / 2)) - (size + box[i + 2]) / 2 for i in (0, 1)) for box in boxes]
+        return min([*gaps, *(place[i] - size / 2 for i in (0, 1)), *(1 - place[i] - size / 2 for i in (0, 1))])
+
+    places = [place for place in (free_place(boxes, size, rng, tries=8) for _ in range(tries)) if place]
+    return max(places, key=room) if places else None
+
+
 def _sample_background(rng: random.Random) -> Background:
     def pale(base: float) -> tuple[float, ...]:
         return tuple(round(base + rng.uniform(-0.09, 0.09), 3) for _ in range(3))

@@ -32,7 +32,7 @@ def load(runtime):
     kept = {}
 
     def loaded(config, seed=None):
-        key = (config.model, config.optimizer)
+        key = (config.model, config.optimizer, config.still_vae)
         if config.lora.rank or config.beta or seed is not None or key not in kept:
             attacker = load_attacker(config, EngineConfig(), runtime)
             if seed is not None:

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import aot_fast
 from aot_fast.bootstrap.answers import accuracy_by_kind
-from aot_fast.bootstrap.attacker import attack_metrics
+from aot_fast.bootstrap.attacker import editing_metrics, sample_split
 from aot_fast.bootstrap.folders import EDIT_PREFIX, build_tokenizer
 from aot_fast.bootstrap.vae import round_trip_metrics, use_image_convolutions
 
@@ -62,11 +62,11 @@ def test_scheduler_is_the_edit_pipelines():
     assert expected.items() <= dict(config).items() and config.use_dynamic_shifting and config.time_shift_type == "exponential"
 
 
-def test_defender_answers_better_than_by_guessing(defender, card):
-    # Guessing among the options is right in 43 % of the cases.
-    assert card["defender"]["all"] >= 0.55
-    # 100 questions: three standard errors of 0.05 under the card's accuracy.
-    assert accuracy_by_kind(defender, "validation", 100)["all"] >= card["defender"]["all"] - 0.15
+def test_defender_answers_as_its_card_says(defender, card):
+    # Right often enough that a fall would show, with room to fail; guessing among the options is right in 43 % of the cases.
+    assert 0.85 <= card["defender"]["all"] <= 0.97
+    # 100 questions: three standard errors of 0.035 under the card's accuracy.
+    assert accuracy_by_kind(defender, "validation", 100)["all"] >= card["defender"]["all"] - 0.105
 
 
 def test_codec_keeps_the_targets(codec, card):
@@ -76,11 +76,12 @@ def test_codec_keeps_the_targets(codec, card):
     assert metrics["q_median"] >= 0.9 and metrics["q_p5"] >= 0.8
 
 
-def test_attacker_edits_something_and_mostly_not_the_targets(defender, codec, card):
+def test_attacker_edits_as_its_card_says(codec, card):
     transformer = QwenImageTransformer2DModel.from_pretrained(ASSETS / "attacker" / "transformer", torch_dtype=torch.float32).eval()
     encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(ASSETS / "attacker" / "text_encoder", dtype=torch.float32).eval()
-    metrics = attack_metrics(transformer, codec, encoder, defender, "validation", 40)
-    assert card["attacker"]["q_median"] >= 0.85 and card["attacker"]["changed_elsewhere"] >= 0.6
-    assert metrics["q_median"] >= 0.85
-    # 40 edits: three standard errors of 0.08 under the card's share.
-    assert metrics["changed_elsewhere"] >= card["attacker"]["changed_elsewhere"] - 0.24
+    found, told = editing_metrics(sample_split(transformer, codec, encoder, "validation", 40)), card["attacker"]
+    assert told["q_median"] >= 0.9 and told["changed_elsewhere"] >= 0.6
+    assert found["q_median"] >= 0.85
+    # 40 edits: three standard errors of 0.08 under the card's shares.
+    for name in ("changed_elsewhere", "answer_still_true"):
+        assert found[name] >= told[name] - 0.24

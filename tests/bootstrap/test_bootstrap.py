@@ -34,9 +34,9 @@ def _defender(folder, stop_at=None):
     return defender.train_defender(folder, *plans, stop_at=stop_at)
 
 
-def _encoder(folder, stop_at=None):
+def _reader(folder, stop_at=None):
     plans = (replace(plan, **SHORT) for plan in (defender.SIGHT_PLAN, defender.FACTS_PLAN))
-    return defender.train_encoder(folder, *plans, stop_at=stop_at)
+    return defender.train_reader(folder, *plans, stop_at=stop_at)
 
 
 def _attacker(folder, stop_at=None):
@@ -54,7 +54,7 @@ def small_batches(monkeypatch):
         monkeypatch.setattr(module, name, 4)
 
 
-@pytest.mark.parametrize(("train", "last"), [(_vae, ""), (_encoder, "facts"), (_defender, ""), (_attacker, "")])
+@pytest.mark.parametrize(("train", "last"), [(_vae, ""), (_reader, "facts"), (_defender, ""), (_attacker, "")])
 def test_a_killed_training_continues_to_the_bit(train, last, tmp_path, small_batches):
     whole = train(tmp_path / "whole").state_dict()
     train(tmp_path / "parts", stop_at=STOP)
