@@ -162,7 +162,7 @@ def training_minutes(folder: Path) -> float:
 
 
 def _card_text(card: dict) -> str:
-    rows = [(part, name, value) for part in ("vae", "defender", "attacker") for name, value in card[part].items()]
+    rows = [(part, name, value) for part in ("vae", "defender", "editor", "attacker") for name, value in card[part].items()]
     table = "\n".join(f"| {part} | {name} | {value:.4g} |" for part, name, value in rows)
     remarks = "".join(f"{remark} " for remark in card.get("remarks", []))
     return (
