@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 
 import aot_fast
-from aot_fast.data.scenes import COLORS, DRAFTS, SPLITS, Scene, answer_of, make_question, overlaps, render, sample_question, write_world
+from aot_fast.data.scenes import (
+    COLORS,
+    DRAFTS,
+    SPLITS,
+    Scene,
+    answer_of,
+    free_place,
+    make_question,
+    overlaps,
+    render,
+    roomiest_place,
+    sample_question,
+    write_world,
+)
 
 COUNT = 400
 
@@ -117,6 +130,21 @@ def test_written_world_reads_like_user_data_and_10k_take_under_20_seconds(tmp_pa
     assert len(records) == 300 and (tmp_path / records[0]["image"]).exists()
     assert list(records[0]) == ["id", "image", "question", "answer", "options", "target_boxes", "target_names", "kind", "scene"]
     assert Scene.from_json(records[0]["scene"]) == make_question("validation", 100, 64)[0]
+
+
+def test_the_roomiest_place_is_free_and_has_more_room_than_another():
+    boxes = [(0.05, 0.05, 0.3, 0.3), (0.6, 0.1, 0.25, 0.25)]
+    size, rng = 0.25, random.Random(0)
+
+    def gap(place):
+        left, top = (c - size / 2 for c in place)
+        borders = (left, top, 1 - left - size, 1 - top - size)
+        return min(*borders, *(max(max(a - (b + w), b - (a + size)) for a, b, w in ((left, x, w), (top, y, h))) for x, y, w, h in boxes))
+
+    chosen, others = roomiest_place(boxes, size, rng), [free_place(boxes, size, rng) for _ in range(50)]
+    assert not any(overlaps((*(c - size / 2 for c in chosen), size, size), box) for box in boxes)
+    assert gap(chosen) > sorted(map(gap, others))[25]  # beats the median of places drawn at random
+    assert roomiest_place([(0.0, 0.0, 1.0, 1.0)], size, rng) is None
 
 
 def test_heldout_scenes_come_from_seeds_that_nothing_is_trained_or_tuned_on():
