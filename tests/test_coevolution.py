@@ -18,7 +18,9 @@ SHORT = """
 --attacker.prompts_per_step 2 --attacker.group_size 4 --attacker.num_steps 5 --attacker.window 2 --attacker.window_range [0,3]
 --curation.num_questions 12 --curation.edits_per_question 1 --defender.prompts_per_step 4 --defender.prompts_per_try 8
 --reward.trials 2 --reward.solvable_trials 1 --checkpoint.every 2 --metrics.trackers [] --engine.timeout_s 60
+--defender.temperature 2.0 --defender.max_generation_batches 8
 """.split()
+"""Hot sampling: at 1 the bundled Defender is so sure that a step may find no group with right and wrong answers, and be skipped."""
 STEPS = 1 + 3 + 2
 
 

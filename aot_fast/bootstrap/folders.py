@@ -151,6 +151,13 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
+def _forget_origin(path: Path) -> None:
+    """Drop the folder that a model was once loaded from: a path of the machine that trained it."""
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def save_attacker(
     transformer: QwenImageTransformer2DModel,
     vae: AutoencoderKLQwenImage,
@@ -163,6 +170,7 @@ def save_attacker(
         copy = type(model).from_config(model.config)
         copy.load_state_dict(model.state_dict())
         copy.to(dtype).save_pretrained(folder / name)
+        _forget_origin(folder / name / "config.json")
     save_defender(text_encoder, folder / "text_encoder", dtype)
     for path in (folder / "text_encoder").iterdir():
         if path.name not in ("config.json", "generation_config.json", "model.safetensors"):

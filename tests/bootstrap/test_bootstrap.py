@@ -179,6 +179,7 @@ def test_the_driver_leaves_folders_that_plain_libraries_load(tmp_path, small_bat
     card = bootstrap(tmp_path, seed=5, fast=True)
     loaded = AutoencoderKLQwenImage.from_pretrained(tmp_path / "attacker" / "vae")
     assert loaded.config.latents_mean != AutoencoderKLQwenImage(**vae.CONFIG).config.latents_mean
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "attacker").rglob("*.json"))
     assert {"vae", "defender", "editor", "attacker", "seed", "command", "commit"} <= set(card) and (tmp_path / "CARD.md").exists()
     for part in ("vae", "defender/sight", "defender/facts", "defender", "attacker/base", "attacker"):
         assert torch.load(tmp_path / "training" / part / "state.pt")["step"] == 2
