@@ -1,4 +1,4 @@
-"""The video VAE of Qwen-Image on still pictures: a third of the work, unchanged results (`attacker.still_vae`)."""
+"""The video VAE of Qwen-Image on still pictures: a third of the work, the same results but for rounding (`attacker.still_vae`)."""
 
 from __future__ import annotations
 

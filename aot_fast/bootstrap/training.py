@@ -24,7 +24,7 @@ class Plan:
     lr: float
     """Of AdamW."""
     muon_lr: float = 0.0
-    """Of Muon, which then trains the hidden matrices: a third of AdamW's steps to the same loss, for both players. 0: AdamW trains all."""
+    """Of Muon, which then trains the hidden matrices (bench/README.md, 2026-11-25). 0: AdamW trains all."""
     plain: tuple[str, ...] = ("embed", "lm_head", "probe")
     """Parts of names that AdamW keeps also when Muon is on: matrices that look words up, read them off, or modulate."""
     warmup_steps: int = 100
