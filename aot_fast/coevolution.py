@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 
-from aot_fast.attacker import flow_grpo
+from aot_fast.attacker import flow_grpo, nft
 from aot_fast.attacker.model import export_attacker
 from aot_fast.attacker.rollout import rollout
 from aot_fast.config import Config
@@ -58,7 +58,7 @@ def train_attacker(game: Game, questions: Pictures) -> None:
         with game.spans("attack/reward"), defender.whole():  # only now: the two players are never whole at the same time
             scored = flow_grpo.judged(groups, config.reward, answerer(defender), judge_of(game), likelihood(defender))
         with game.spans("attack/update"):
-            metrics = flow_grpo.update(attacker, scored)
+            metrics = (nft if config.attacker.variant == "nft" else flow_grpo).update(attacker, scored)
         game.advance([metrics])
     defender.player.reload()
 

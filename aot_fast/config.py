@@ -195,7 +195,9 @@ class AttackerConfig:
     """Samples denoised at a time on one rank."""
     microbatch: int = 4
     """(sample, step) pairs in one forward and backward on one rank."""
-    variant: Literal["grpo", "guard", "dppo"] = "grpo"
+    variant: Literal["grpo", "guard", "dppo", "nft"] = "grpo"
+    """Flow-GRPO's loss or one of its variants; `nft` learns from what the samples came out as (aot_fast/attacker/nft.py), with dynamics
+    `ode` and `window` noise levels a sample in place of recorded steps."""
     clip: float = 0.0
     """Clip range; 0: 1e-4 (flow_sde, dance), 1e-5 (cps), 2e-6 (guard)."""
     adv_clip: float = 5.0
@@ -220,6 +222,9 @@ class RewardConfig:
     efficacy: Literal["fraction", "consecutive", "likelihood"] = "fraction"
     """e: share of wrong trials; 1 only if the first `consecutive` all are; or 1 - p, with p the probability that the Defender repeats its
     answer to the original: without the trials' noise and for less work, where answers are short. Curation always counts trials."""
+    efficacy_temperature: float = 1.0
+    """The odds of a failure to the power of 1 / this (efficacy: likelihood). Over 1, an edit that moves a sure Defender from 0.999 to 0.99
+    earns something too: until the first edits fool it, no other reward tells the Attacker where to go."""
     consecutive: int = 3
     """First k trials that must all be wrong (efficacy: consecutive)."""
     weights: tuple[float, float, float] = (0.5, 0.4, 0.1)

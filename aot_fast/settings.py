@@ -159,17 +159,21 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
     yield from _ranges(c)
     a, d = c.attacker, c.defender
     lo, hi = a.window_range
-    if a.dynamics != "ode" and not 0 <= lo < hi <= a.num_steps - 1:
+    recorded = a.dynamics != "ode" or a.variant == "nft"
+    if recorded and not 0 <= lo < hi <= a.num_steps - 1:
         yield (
             "attacker.window_range",
             a.window_range,
             f"0 <= lo < hi <= num_steps - 1 = {a.num_steps - 1} (the last step has no noise)",
             "lower hi",
         )
-    if a.dynamics != "ode" and not 1 <= a.window <= hi - lo:
+    if recorded and not 1 <= a.window <= hi - lo:
         yield "attacker.window", a.window, f"the window must fit into window_range, {hi - lo} steps", "lower it or widen window_range"
-    if a.dynamics == "ode" and c.game.arm == "coevolution" and c.game.rounds and c.game.attacker_steps:
-        yield "attacker.dynamics", a.dynamics, "ode has no log-prob to train on", "use flow_sde, dance or cps"
+    if a.variant == "nft" and (a.dynamics != "ode" or a.beta > 0):
+        field, value = ("attacker.beta", a.beta) if a.dynamics == "ode" else ("attacker.dynamics", a.dynamics)
+        yield field, value, "variant nft has no stochastic steps and no KL", "use dynamics ode and beta 0"
+    if a.dynamics == "ode" and a.variant != "nft" and c.game.arm == "coevolution" and c.game.rounds and c.game.attacker_steps:
+        yield "attacker.dynamics", a.dynamics, "ode has no log-prob to train on", "use flow_sde, dance or cps, or variant nft"
     if a.beta > 0 and not a.lora.rank:
         yield (
             "attacker.beta",
@@ -210,7 +214,7 @@ POSITIVE = (
     "defender.steps_per_rollout defender.max_generation_batches defender.rollout_batch defender.microbatch defender.max_prompt_tokens "
     "defender.max_response_tokens defender.optimizer.lr attacker.optimizer.lr attacker.num_steps attacker.group_size "
     "attacker.prompts_per_step attacker.rollout_batch attacker.microbatch attacker.target_pixels attacker.reference_pixels "
-    "attacker.condition_pixels attacker.guidance reward.trials curation.num_questions "
+    "attacker.condition_pixels attacker.guidance reward.trials reward.efficacy_temperature curation.num_questions "
     "curation.edits_per_question checkpoint.every checkpoint.keep metrics.every"
 ).split()
 UNIT = (

@@ -48,7 +48,7 @@ def score(
     )
     if config.efficacy == "likelihood":
         kept = _each(edits, lambda e: likelihood([edit.example for edit in e], [seen(edit) for edit in e]), "the Defender's likelihood")
-        failures = [math.nan if p is None else 1 - p for p in kept]
+        failures = [math.nan if p is None else softened(1 - p, config.efficacy_temperature) for p in kept]
         return [_verdict(*row, (), config) for row in zip(edits, boxes, unique, failures)]
     answers = _each(edits, lambda e: _trials(e, config, answerer), "the Defender's trials")
     failures = [efficacy(trials, config) if trials else math.nan for trials in answers]
@@ -94,6 +94,13 @@ def seen(edit: Edit) -> Example:
 def _trials(edits: Sequence[Edit], config: RewardConfig, answerer: Answerer) -> list[list[Answer]]:
     seeds = [seed_of(edit.seed, "trials") for edit in edits]
     return answerer([seen(edit) for edit in edits], config.trials, config.temperature, seeds)
+
+
+def softened(probability: float, temperature: float) -> float:
+    """The probability whose odds are those of `probability` to the power of 1 / temperature."""
+    if not 0 < probability < 1:  # certain, NaN, or out of [0, 1] by rounding
+        return probability if math.isnan(probability) else min(1.0, max(0.0, probability))
+    return 1 / (1 + (1 / probability - 1) ** (1 / temperature))
 
 
 def efficacy(answers: Sequence[Answer], config: RewardConfig) -> float:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from aot_fast.bootstrap.exchanges import branch_text
+from aot_fast.bootstrap.exchanges import branch_text, judge_question
 from aot_fast.bootstrap.folders import IMAGE_PX, build_tokenizer, image_processor
 from aot_fast.bootstrap.rows import prefix_text
 from aot_fast.data.answers import score
-from aot_fast.data.scenes import make_question, render
+from aot_fast.data.scenes import ASKED, SPLITS, make_question, render, sample_question, sample_scene
 from aot_fast.data.schema import Question
 
 
@@ -56,3 +58,19 @@ def accuracy_by_kind(model: Qwen2_5_VLForConditionalGeneration, split: str, num_
     for kind in sorted({question.kind for question in questions}):
         scores[kind] = right[torch.tensor([question.kind == kind for question in questions])].mean().item()
     return scores
+
+
+def look_alike_metrics(model: Qwen2_5_VLForConditionalGeneration, split: str, num_scenes: int) -> dict[str, float]:
+    """Share of right greedy answers where objects share colours and shapes: to the judge's counts, and to the world's questions."""
+    seeds = SPLITS[split][:num_scenes]
+    scenes = [sample_scene(seed, alike=True) for seed in seeds]
+    counts = [judge_question(scene, random.Random(f"judge {seed}"), alike=True) for seed, scene in zip(seeds, scenes)]
+    asked = [
+        sample_question(scene, random.Random(f"alike {seed}"), IMAGE_PX, mix=replace(ASKED, alike=True))
+        for seed, scene in zip(seeds, scenes)
+    ]
+    pictures = [render(scene, IMAGE_PX) for scene in scenes]
+    return {
+        "counts_look_alikes": right_answers(model, pictures, counts).float().mean().item(),
+        "answers_look_alikes": right_answers(model, pictures, asked).float().mean().item(),
+    }

@@ -51,7 +51,7 @@ CONFIG = {
     "axes_dims_rope": (8, 12, 12),
 }
 BASE_PLAN = Plan(
-    steps=1600,
+    steps=3200,
     lr=1e-3,
     muon_lr=0.01,
     plain=("_mod", "norm_out", "proj_out", "img_in", "txt_in", "time_text"),
@@ -61,7 +61,7 @@ BASE_PLAN = Plan(
     save_every=250,
 )
 """Instructed edits: what to draw is said. After these steps the asked colour comes in 44 % and colour and shape in 11 %: too few."""
-PLAN = replace(BASE_PLAN, steps=1000)
+PLAN = replace(BASE_PLAN, steps=1800)
 """The cold start."""
 BATCH = 32
 NUM_STEPS = 10

@@ -12,7 +12,7 @@ from aot_fast.bootstrap.facts import REQUEST, facts
 from aot_fast.bootstrap.folders import IMAGE_PX
 from aot_fast.bootstrap.rows import Exchange, turn_text
 from aot_fast.data.implant import matches
-from aot_fast.data.scenes import COLORS, SHAPES, SPLITS, Scene, plural, sample_question, sample_scene
+from aot_fast.data.scenes import COLORS, SHAPES, SPLITS, Mix, Scene, plural, sample_question, sample_scene, told_by_one_word
 from aot_fast.data.schema import LETTERS, Question, question_text
 
 FACTS_PICTURES = 40
@@ -22,7 +22,13 @@ OPEN_SHARE = 0.1
 """Questions asked without options, as a user's data may."""
 JUDGE_SHARE = 0.12
 """Questions put as the uniqueness judge puts them: how many of a named thing, with the options below in this order."""
+ALIKE_JUDGE_SHARE = 0.6
+"""The same in scenes of look-alikes."""
 JUDGE_OPTIONS = ("0", "1", "2", "3 or more")
+TAUGHT = Mix({"attribute": 0.1, "relation": 0.6, "existence": 0.18, "counting": 0.12}, absent=0.5)
+"""Lessons: most of them about what is learned slowest."""
+ALIKE = replace(TAUGHT, alike=True)
+"""The last lessons, in scenes whose objects share colours and shapes."""
 END = "<|im_end|>"
 NAMES = {"shape": SHAPES, "color": tuple(COLORS)}
 Draw = Callable[[torch.Generator], tuple[list[Scene], list[list[Exchange]]]]
@@ -52,21 +58,22 @@ def without_options(question: Question) -> Question:
     return replace(question, answer=question.options[LETTERS.index(question.answer)], options=())
 
 
-def judge_question(scene: Scene, rng: random.Random) -> Question:
-    """How many of a named thing there are, which may be in the picture or not."""
-    shapes, colors = (rng.choice((getattr(rng.choice(scene.objects), key), rng.choice(names))) for key, names in NAMES.items())
-    name = rng.choice((shapes, f"{colors} object", f"{colors} {shapes}"))
+def judge_question(scene: Scene, rng: random.Random, alike: bool) -> Question:
+    """How many of a named thing there are, which may be in the picture or not; `alike`: also where only colour and shape together tell."""
+    shape, color = (rng.choice((getattr(rng.choice(scene.objects), key), rng.choice(names))) for key, names in NAMES.items())
+    told = alike or told_by_one_word(scene, shape, color)
+    name = rng.choice((shape, f"{color} object", *[f"{color} {shape}"] * (2 if told else 0)))
     count = sum(matches(item, name) for item in scene.objects)
     asked = name if rng.random() < 0.5 else plural(name)
     return Question("", "", f"How many {asked} are there?", LETTERS[min(count, 3)], JUDGE_OPTIONS, kind="judge")
 
 
-def _draw_question(scene: Scene, rng: random.Random) -> Question:
+def _draw_question(scene: Scene, rng: random.Random, judge_share: float, mix: Mix) -> Question:
     style = rng.random()
-    if style < JUDGE_SHARE:
-        return judge_question(scene, rng)
-    question = sample_question(scene, rng, IMAGE_PX)
-    return without_options(question) if style < JUDGE_SHARE + OPEN_SHARE else question
+    if style < judge_share:
+        return judge_question(scene, rng, mix.alike)
+    question = sample_question(scene, rng, IMAGE_PX, mix=mix)
+    return without_options(question) if style < judge_share + OPEN_SHARE else question
 
 
 def draw_facts(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
@@ -78,12 +85,21 @@ def draw_facts(generator: torch.Generator) -> tuple[list[Scene], list[list[Excha
 
 
 def draw_examples(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
-    """Fresh bootstrap scenes at every step: nothing can be memorised."""
+    """Fresh bootstrap scenes at every step: nothing can be memorised. None asks for colour and shape together (`told_by_one_word`)."""
+    return _draw_examples(generator, JUDGE_SHARE, TAUGHT)
+
+
+def draw_alike(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
+    """Of scenes whose objects share colours and shapes: what is there, and how often, the latter also as the judge asks."""
+    return _draw_examples(generator, ALIKE_JUDGE_SHARE, ALIKE)
+
+
+def _draw_examples(generator: torch.Generator, judge_share: float, mix: Mix) -> tuple[list[Scene], list[list[Exchange]]]:
     split = SPLITS["bootstrap"]
     seeds = torch.randint(len(split), (PICTURES,), generator=generator).tolist()
-    scenes, exchanges = [sample_scene(split[seed]) for seed in seeds], []
+    scenes, exchanges = [sample_scene(split[seed], mix.alike) for seed in seeds], []
     for seed, scene in zip(seeds, scenes):
         rng = random.Random(f"sft {seed}")
-        row = [exchange(_draw_question(scene, rng)) for _ in range(QUESTIONS_PER_PICTURE)]
+        row = [exchange(_draw_question(scene, rng, judge_share, mix)) for _ in range(QUESTIONS_PER_PICTURE)]
         exchanges.append([*row, (turn_text(REQUEST), facts(scene, rng) + END)])
     return scenes, exchanges

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 
 from aot_fast.data.implant import matches
-from aot_fast.data.scenes import COLORS, RELATION_MARGIN, SHAPES, Scene, plural
+from aot_fast.data.scenes import COLORS, RELATION_MARGIN, SHAPES, Scene, plural, told_by_one_word
 
 REQUEST = "Describe the picture."
 FACTS_PER_PICTURE = 8
@@ -40,6 +40,8 @@ def _place(scene: Scene, rng: random.Random) -> str | None:
 
 def _relation(scene: Scene, rng: random.Random) -> str | None:
     first, second = rng.sample(scene.objects, 2)
+    if not all(told_by_one_word(scene, item.shape, item.color) for item in (first, second)):
+        return None
     if any(matches(other, item.name) and other is not item for item in (first, second) for other in scene.objects):
         return None
     words = []
@@ -50,10 +52,12 @@ def _relation(scene: Scene, rng: random.Random) -> str | None:
     return f"the {first.name}, the {second.name}: {rng.choice(words)}." if words else None
 
 
-def _count(scene: Scene, rng: random.Random) -> str:
+def _count(scene: Scene, rng: random.Random) -> str | None:
     item = rng.choice(scene.objects)
     shape, color = rng.choice((item.shape, rng.choice(SHAPES))), rng.choice((item.color, rng.choice(list(COLORS))))
     name = rng.choice((shape, f"{color} object", f"{color} {shape}"))
+    if name == f"{color} {shape}" and not told_by_one_word(scene, shape, color):
+        return None
     count = sum(matches(other, name) for other in scene.objects)
     return f"a {name}? {'yes' if count else 'no'}." if rng.random() < 0.5 else f"{plural(name)}: {count}."
 

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from aot_fast.bootstrap import attacker, defender, vae
-from aot_fast.bootstrap.answers import accuracy_by_kind
+from aot_fast.bootstrap.answers import accuracy_by_kind, look_alike_metrics
 from aot_fast.bootstrap.folders import save_attacker, save_defender
 from aot_fast.bootstrap.training import Plan
 
@@ -30,6 +30,7 @@ class Plans:
     sight: Plan
     facts: Plan
     answers: Plan
+    alike: Plan
     edits: Plan
     cold_start: Plan
 
@@ -40,6 +41,7 @@ def _plans(seed: int, fast: bool) -> Plans:
         sight=replace(defender.SIGHT_PLAN, seed=seed + 2),
         facts=replace(defender.FACTS_PLAN, seed=seed + 2),
         answers=replace(defender.PLAN, seed=seed + 2),
+        alike=replace(defender.ALIKE_PLAN, seed=seed + 4),
         edits=replace(attacker.BASE_PLAN, seed=seed + 3),
         cold_start=replace(attacker.PLAN, seed=seed + 3),
     )
@@ -83,7 +85,7 @@ def _train_side_by_side(training: Path, plans: Plans, num_pairs: int) -> Qwen2_5
     child = multiprocessing.get_context("spawn").Process(target=_train_attacker, args=(training, plans, num_pairs, each), daemon=True)
     child.start()
     torch.set_num_threads(each)
-    answering = defender.train_defender(training / "defender", plans.answers, plans.sight, plans.facts)
+    answering = defender.train_defender(training / "defender", plans.alike, plans.answers, plans.sight, plans.facts)
     child.join()
     torch.set_num_threads(threads)
     if child.exitcode:
@@ -98,7 +100,7 @@ def bootstrap(out: Path, seed: int, fast: bool = False) -> dict:
     """
     out = Path(out)
     training, plans = out / "training", _plans(seed, fast)
-    num_scenes, num_pairs, num_checked = (64, 8, 8) if fast else (6000, 4000, 1000)
+    num_scenes, num_pairs, num_checked = (64, 8, 8) if fast else (6000, 8000, 1000)
 
     _train_codec(training, plans.vae, num_scenes)
     _train_encoder(training, plans)
@@ -131,7 +133,7 @@ def _figures(out: Path, codec: AutoencoderKLQwenImage, num_checked: int, trainin
     answering = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "defender", dtype=torch.float32).eval()
     figures = {
         "vae": vae.round_trip_metrics(codec, "validation", num_checked),
-        "defender": accuracy_by_kind(answering, "validation", num_checked),
+        "defender": accuracy_by_kind(answering, "validation", num_checked) | look_alike_metrics(answering, "validation", num_checked),
     }
     for name, folder in (("editor", training / "attacker" / "base" / "model"), ("attacker", out / "attacker" / "transformer")):
         transformer = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
@@ -177,7 +179,8 @@ def _card_text(card: dict) -> str:
         "q is the least SSIM over the target boxes, against the clean picture; `attack_success` is the share of questions that the "
         "Defender answers rightly on the codec's round trip and wrongly on an edit with q over 0.6. `editor` is the Attacker before its "
         "cold start, taught plain instructions only; `second_instance` is its failure (an added object that answers to a target's name), "
-        "and `answer_still_true` what the scene graph's audit says of all edits.\n"
+        "and `answer_still_true` what the scene graph's audit says of all edits. `counts_look_alikes` is the share of right counts of a "
+        "named thing in scenes whose objects share colours and shapes, `answers_look_alikes` the same of the world's own questions.\n"
     )
 
 

@@ -33,8 +33,22 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (40, 42, 48),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
-KINDS = {"attribute": 0.35, "relation": 0.35, "existence": 0.15, "counting": 0.15}
-"""Share of each kind of question; those that a scene cannot carry are drawn again."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What is asked how often; a kind that a scene cannot carry is drawn again."""
+
+    kinds: Mapping[str, float]
+    absent: float
+    """Share of "is there" and "how many" that ask for what is not there, before those without a clear answer are drawn again."""
+    alike: bool = False
+    """Ask also where only colour and shape together tell what is meant (`told_by_one_word`)."""
+
+
+ASKED = Mix({"attribute": 0.1, "relation": 0.3, "existence": 0.5, "counting": 0.1}, absent=0.7)
+"""The world's questions. Most ask whether something is there: what vision-language models are first to hallucinate (POPE, arXiv
+2305.10355), and where an edit can deceive without touching what decides."""
 
 SPLITS = {
     "train": range(0, 10_000_000),
@@ -248,12 +262,13 @@ def _sample_clutter(rng: random.Random) -> tuple[Spot, ...]:
     return tuple(spot() for _ in range(rng.randint(0, 3)))
 
 
-def _sample_names(rng: random.Random, num_objects: int) -> list[tuple[str, str]]:
-    """(shape, color) of each object; half of the scenes repeat a shape, a colour or both, so that counting has something to count."""
+def _sample_names(rng: random.Random, num_objects: int, alike: bool) -> list[tuple[str, str]]:
+    """(shape, color) of each object; some scenes repeat a shape, a colour or both, so that counting has something to count."""
     shapes = rng.sample(SHAPES, num_objects)
     colors = rng.sample(list(COLORS), num_objects)
-    if rng.random() < 0.5:
-        repeated = rng.choice(((shapes,), (shapes,), (colors,), (colors,), (shapes, colors)))
+    if rng.random() < (0.7 if alike else 0.3):
+        one_word = ((shapes,), (colors,))
+        repeated = rng.choice((*one_word, *one_word, (shapes, colors)) if alike else (*one_word, (shapes, colors), (shapes, colors)))
         for k in range(1, rng.randint(2, num_objects)):
             for names in repeated:
                 names[k] = names[0]
@@ -262,11 +277,11 @@ def _sample_names(rng: random.Random, num_objects: int) -> list[tuple[str, str]]
     return names
 
 
-def sample_scene(seed: int) -> Scene:
-    """A scene of 2 to 4 objects that leaves room for one more of the largest size."""
+def sample_scene(seed: int, alike: bool = False) -> Scene:
+    """A scene of 2 to 4 objects that leaves room for one more of the largest size; `alike`: more of them share a colour or a shape."""
     rng = random.Random(f"scene {seed}")
     while True:
-        names = _sample_names(rng, rng.choice((2, 3, 3, 4)))
+        names = _sample_names(rng, rng.choice((2, 3, 3, 4)), alike)
         objects: list[SceneObject] = []
         for shape, color in names:
             size = round(rng.uniform(*SIZES), 4)
@@ -297,7 +312,17 @@ def _unique(scene: Scene, **wanted: str) -> list[SceneObject]:
     return [item for item in scene.objects if all(getattr(item, key) == value for key, value in wanted.items())]
 
 
-def _draft_attribute(scene: Scene, rng: random.Random) -> _Draft | None:
+def told_by_one_word(scene: Scene, shape: str, color: str) -> bool:
+    """Whether colour or shape alone tells which objects "COLOR SHAPE" means: they agree, or one of them occurs nowhere.
+
+    Where they disagree (a red square beside the red circle), only who binds colour to shape knows. The world's own questions never need
+    that; an edit may (illusory conjunctions, Treisman and Schmidt 1982).
+    """
+    of_shape, of_color = _unique(scene, shape=shape), _unique(scene, color=color)
+    return of_shape == of_color or not of_shape or not of_color
+
+
+def _draft_attribute(scene: Scene, rng: random.Random, mix: Mix) -> _Draft | None:
     item = rng.choice(scene.objects)
     asked = rng.choice(("color", "shape"))
     if asked == "color":
@@ -315,8 +340,10 @@ def _draft_attribute(scene: Scene, rng: random.Random) -> _Draft | None:
     return _Draft(text, answer, tuple(wrong), (item,), (item.shape if asked == "color" else f"{item.color} object",))
 
 
-def _draft_relation(scene: Scene, rng: random.Random) -> _Draft | None:
+def _draft_relation(scene: Scene, rng: random.Random, mix: Mix) -> _Draft | None:
     first, second = rng.sample(scene.objects, 2)
+    if not mix.alike and not all(told_by_one_word(scene, item.shape, item.color) for item in (first, second)):
+        return None
     low, high, axis = rng.choice((("left of", "right of", "x"), ("above", "below", "y")))
     distance = getattr(first, axis) - getattr(second, axis)
     if abs(distance) < RELATION_MARGIN or any(len(_unique(scene, shape=i.shape, color=i.color)) > 1 for i in (first, second)):
@@ -326,28 +353,32 @@ def _draft_relation(scene: Scene, rng: random.Random) -> _Draft | None:
     return _Draft(text, answer, (wrong,), (first, second), (first.name, second.name))
 
 
-def _present_or_absent(scene: Scene, rng: random.Random) -> tuple[str, str, list[SceneObject]]:
-    """Shape and colour, half of the time of nothing in the picture, with the objects that decide whether it is there.
+def _present_or_absent(scene: Scene, rng: random.Random, mix: Mix) -> tuple[str, str, list[SceneObject]]:
+    """Shape and colour, some of the time of nothing in the picture, with the objects that decide whether it is there.
 
     An absent object shares its colour or its shape with at least one in the picture; those that could be taken for it decide.
     """
     item = rng.choice(scene.objects)
     shape, color = item.shape, item.color
-    if rng.random() < 0.5:
+    if rng.random() < mix.absent:
         shape, color = (shape, rng.choice(list(COLORS))) if rng.random() < 0.5 else (rng.choice(SHAPES), color)
     found = _unique(scene, shape=shape, color=color)
     return shape, color, found or [other for other in scene.objects if other.shape == shape or other.color == color]
 
 
-def _draft_existence(scene: Scene, rng: random.Random) -> _Draft | None:
-    shape, color, deciding = _present_or_absent(scene, rng)
+def _draft_existence(scene: Scene, rng: random.Random, mix: Mix) -> _Draft | None:
+    shape, color, deciding = _present_or_absent(scene, rng, mix)
+    if not mix.alike and not told_by_one_word(scene, shape, color):
+        return None
     answer, wrong = ("yes", "no") if _unique(scene, shape=shape, color=color) else ("no", "yes")
     return _Draft(f"Is there a {color} {shape} in the picture?", answer, (wrong,), tuple(deciding), (f"{color} {shape}",))
 
 
-def _draft_counting(scene: Scene, rng: random.Random) -> _Draft | None:
-    shape, color, deciding = _present_or_absent(scene, rng)
-    by = rng.choice(("shape", "color", "both"))
+def _draft_counting(scene: Scene, rng: random.Random, mix: Mix) -> _Draft | None:
+    shape, color, deciding = _present_or_absent(scene, rng, mix)
+    by = rng.choice(("shape", "color", "both", "both"))
+    if by == "both" and not mix.alike and not told_by_one_word(scene, shape, color):
+        return None
     if by == "both":
         name, counted = f"{color} {shape}", _unique(scene, shape=shape, color=color)
     else:
@@ -362,11 +393,11 @@ def _draft_counting(scene: Scene, rng: random.Random) -> _Draft | None:
 DRAFTS = {"attribute": _draft_attribute, "relation": _draft_relation, "existence": _draft_existence, "counting": _draft_counting}
 
 
-def sample_question(scene: Scene, rng: random.Random, size_px: int, id: str = "", image: str = "") -> Question:
+def sample_question(scene: Scene, rng: random.Random, size_px: int, id: str = "", image: str = "", mix: Mix = ASKED) -> Question:
     """A question with one true answer; options shuffled, target boxes in pixels of a picture of `size_px`."""
     while True:
-        kind = rng.choices(list(KINDS), KINDS.values())[0]
-        draft = DRAFTS[kind](scene, rng)
+        kind = rng.choices(list(mix.kinds), mix.kinds.values())[0]
+        draft = DRAFTS[kind](scene, rng, mix)
         if draft:
             break
     options = [draft.answer, *draft.wrong]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from aot_fast.attacker.integrity import crop_of, integrity, ramp, span
 from aot_fast.attacker.judge import Edit, load_judge
-from aot_fast.attacker.reward import combine, efficacy, score, solvable
+from aot_fast.attacker.reward import combine, efficacy, score, softened, solvable
 from aot_fast.config import RewardConfig
 from aot_fast.data.schema import Answer, Example, Question
 from tests.attacker.tiny_pipeline import picture
@@ -188,6 +188,15 @@ def test_judge_can_be_off_or_a_function():
     for wrong in ("nowhere", "math:nothing"):
         with pytest.raises(ValueError, match="reward.judge"):
             load_judge(RewardConfig(judge=wrong), answers(""))
+
+
+def test_softened_odds_keep_order_and_lift_what_is_rare():
+    assert softened(0.01, 1.0) == pytest.approx(0.01) and softened(0.5, 3.0) == pytest.approx(0.5)
+    odds = softened(0.001, 3.0) / (1 - softened(0.001, 3.0))
+    assert odds == pytest.approx((0.001 / 0.999) ** (1 / 3))
+    values = [softened(p, 3.0) for p in (0.0, 1e-6, 0.01, 0.4, 0.99, 1.0)]
+    assert values == sorted(values) and values[0] == 0 and values[-1] == 1
+    assert math.isnan(softened(math.nan, 3.0)) and softened(1 + 1e-7, 3.0) == 1 and softened(-1e-7, 3.0) == 0
 
 
 # Faults

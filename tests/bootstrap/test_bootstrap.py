@@ -30,7 +30,7 @@ def _vae(folder, stop_at=None):
 
 
 def _defender(folder, stop_at=None):
-    plans = (replace(plan, **SHORT) for plan in (defender.PLAN, defender.SIGHT_PLAN, defender.FACTS_PLAN))
+    plans = (replace(plan, **SHORT) for plan in (defender.ALIKE_PLAN, defender.PLAN, defender.SIGHT_PLAN, defender.FACTS_PLAN))
     return defender.train_defender(folder, *plans, stop_at=stop_at)
 
 
@@ -54,7 +54,7 @@ def small_batches(monkeypatch):
         monkeypatch.setattr(module, name, 4)
 
 
-@pytest.mark.parametrize(("train", "last"), [(_vae, ""), (_reader, "facts"), (_defender, ""), (_attacker, "")])
+@pytest.mark.parametrize(("train", "last"), [(_vae, ""), (_reader, "facts"), (_defender, "alike"), (_attacker, "")])
 def test_a_killed_training_continues_to_the_bit(train, last, tmp_path, small_batches):
     whole = train(tmp_path / "whole").state_dict()
     train(tmp_path / "parts", stop_at=STOP)
@@ -181,5 +181,5 @@ def test_the_driver_leaves_folders_that_plain_libraries_load(tmp_path, small_bat
     assert loaded.config.latents_mean != AutoencoderKLQwenImage(**vae.CONFIG).config.latents_mean
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "attacker").rglob("*.json"))
     assert {"vae", "defender", "editor", "attacker", "seed", "command", "commit"} <= set(card) and (tmp_path / "CARD.md").exists()
-    for part in ("vae", "defender/sight", "defender/facts", "defender", "attacker/base", "attacker"):
+    for part in ("vae", "defender/sight", "defender/facts", "defender", "defender/alike", "attacker/base", "attacker"):
         assert torch.load(tmp_path / "training" / part / "state.pt")["step"] == 2

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from aot_fast.data.implant import KINDS, implant, keeps_question, matches, target_objects
+from aot_fast.data.implant import KINDS, LURE_SHARE, implant, keeps_question, matches, target_objects
 from aot_fast.data.scenes import answer_of, make_question, render
 from aot_fast.data.schema import edit_prompt
 
@@ -41,6 +41,17 @@ def test_target_pixels_do_not_change_and_something_else_does(edits):
 def test_all_kinds_are_drawn_and_the_prompt_is_the_published_one(edits):
     assert set(Counter(edit.kind for _, _, edit in edits)) == set(KINDS)
     assert all(edit.prompt == edit_prompt(question.question) for _, question, edit in edits)
+
+
+def test_a_share_of_what_is_new_is_a_lure_and_the_rest_shares_no_word(edits):
+    lures = 0
+    news = [(question, set(edit.scene.objects) - set(scene.objects)) for scene, question, edit in edits if edit.kind in ("added", "subtle")]
+    able = [(question, new) for question, new in news if question.kind == "relation"]
+    for question, new in able:
+        words = {word for name in question.target_names for word in name.split()}
+        lures += any({item.shape, item.color} & words for item in new)
+    # Three standard errors.
+    assert abs(lures / len(able) - LURE_SHARE) < 3 * (LURE_SHARE * (1 - LURE_SHARE) / len(able)) ** 0.5
 
 
 def test_same_generator_same_edit():

@@ -12,6 +12,7 @@ import pytest
 
 import aot_fast
 from aot_fast.data.scenes import (
+    ASKED,
     COLORS,
     DRAFTS,
     SPLITS,
@@ -23,6 +24,8 @@ from aot_fast.data.scenes import (
     render,
     roomiest_place,
     sample_question,
+    sample_scene,
+    told_by_one_word,
     write_world,
 )
 
@@ -70,6 +73,21 @@ def test_answer_follows_the_scene_graph(world):
     assert question.options[ord(answer_of(replace(scene, objects=(*others, replace(target, color=wrong))), question)) - ord("A")] == wrong
     # A second referent leaves no single true answer.
     assert answer_of(replace(scene, objects=(*scene.objects, replace(target, color=wrong))), question) is None
+
+
+def named_objects(question):
+    """(shape, color) of all things that a question names by both."""
+    names = [name.split() for name in question.target_names]
+    return [(shape, color) for color, shape in (name for name in names if len(name) == 2) if shape != "object"]
+
+
+def test_no_question_of_the_world_needs_colour_bound_to_shape_and_the_alike_ones_do(world):
+    assert all(told_by_one_word(scene, *name) for scene, question in world for name in named_objects(question))
+    scenes = [sample_scene(seed, alike=True) for seed in SPLITS["validation"][:COUNT]]
+    alike = [(scene, sample_question(scene, random.Random(k), 64, mix=replace(ASKED, alike=True))) for k, scene in enumerate(scenes)]
+    assert all(answer_of(scene, question) == question.answer for scene, question in alike)
+    needing = [any(not told_by_one_word(scene, *name) for name in named_objects(question)) for scene, question in alike]
+    assert sum(needing) > 0.25 * COUNT
 
 
 def test_relation_turns_over_with_the_mirrored_scene(world):
