@@ -78,6 +78,14 @@ def test_gradient_does_not_depend_on_the_microbatch(nft_config, load):
     assert all(float((found[k] - expected[k]).abs().max()) < 1e-5 * scale for k in expected)
 
 
+def test_a_rank_without_items_runs_one_that_counts_nothing(nft_config, load):
+    attacker = load(nft_config, seed=1)
+    loss = nft.nft_loss(attacker, [nft._blank(attacker)])
+    assert loss.item() == 0
+    attacker.player.backward(loss)
+    assert all(not gradient.any() for gradient in take_gradients(attacker.player).values())
+
+
 def test_a_good_sample_draws_the_velocity_and_a_bad_one_pushes_it_away(nft_config, load):
     attacker = load(replace(nft_config, optimizer=OptimizerConfig(lr=1e-3)), seed=1)
     groups = scored(rollout(attacker, examples(1), seed=0, round=1, step=0), lambda i, j: float(j == 0))
