@@ -7,7 +7,7 @@ that the reference already decides add no noise to the gradient. Samples are pla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ def update(attacker: Attacker, scored: Sequence[ScoredGroup]) -> dict[str, float
 
     With v the velocity at a noised sample, v' its value under the weights that drew the sample, u its flow-matching target:
     L = mean over samples and `window` noise levels of r |v - u|^2 + (1 - r) |2 v' - v - u|^2, r = (1 + clip(A / adv_clip, -1, 1)) / 2.
-    A good sample draws v to itself, a bad one pushes it away. The weights have not moved since the rollout, so v' is v, detached.
+    A good sample draws v to itself, a bad one pushes it away; v is the conditional velocity, also where samples are guided. The weights
+    have not moved since the rollout, so v' is v, detached.
     """
     config, player, runtime = attacker.config, attacker.player, attacker.runtime
     advantages, metrics = group_advantages(attacker, scored)
@@ -96,5 +97,4 @@ def nft_loss(attacker: Attacker, items: Sequence[Noised]) -> Tensor:
 
 def _blank(attacker: Attacker) -> Noised:
     item = blank_item(attacker)
-    encoding = replace(item.encoding, negative=None)
-    return Noised(encoding, item.step.x, item.step.x, item.step.sigma, item.advantage, weight=False)
+    return Noised(item.encoding, item.step.x, item.step.x, item.step.sigma, item.advantage, weight=False)

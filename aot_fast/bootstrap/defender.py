@@ -113,7 +113,7 @@ def train_defender(
     """Vision, facts, answers, then look-alikes; from scratch, or from the states in `folder`.
 
     The last stage makes it a fit uniqueness judge, which must not count a red square and a blue circle as one red circle. Asked whether
-    there is one, it still falls for them nine times in ten: the weak spot that the small game has.
+    there is one, it still falls for them (52 of 60): the weak spot that the small game has.
     """
     model = train_answers(folder, answers, sight, facts)
     _train_spoken(model, draw_alike, folder / "alike", plan, stop_at)

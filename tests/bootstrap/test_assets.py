@@ -5,6 +5,8 @@ stays unseen until the game is measured.
 """
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,12 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import aot_fast
-from aot_fast.bootstrap.answers import accuracy_by_kind
+from aot_fast.bootstrap.answers import accuracy_by_kind, right_answers
 from aot_fast.bootstrap.attacker import editing_metrics, sample_split
 from aot_fast.bootstrap.folders import EDIT_PREFIX, build_tokenizer
 from aot_fast.bootstrap.vae import round_trip_metrics, use_image_convolutions
+from aot_fast.data.scenes import SceneObject, answer_of, make_question, render, roomiest_place
+from aot_fast.data.schema import LETTERS
 
 ASSETS = Path(aot_fast.__file__).parent / "assets" / "tiny"
 MAX_BYTES = 24 * 2**20
@@ -69,6 +73,25 @@ def test_defender_answers_as_its_card_says(defender, card):
     assert card["defender"]["counts_look_alikes"] >= 0.85
     # 100 questions: three standard errors of 0.035 under the card's accuracy.
     assert accuracy_by_kind(defender, "validation", 100)["all"] >= card["defender"]["all"] - 0.105
+
+
+def test_defender_has_room_to_fail_under_attack(defender):
+    """Asked for a thing of which one word is missing in the picture, it says yes once another object brings that word."""
+    questions, pictures = [], []
+    for scene, question in (make_question("validation", index, 64) for index in range(200)):
+        if question.kind != "existence" or question.options[LETTERS.index(question.answer)] != "no":
+            continue
+        color, shape = question.target_names[0].split()
+        lure = {"color": color, "shape": "ring" if shape != "ring" else "star"}
+        if any(item.color == color for item in scene.objects):
+            lure = {"color": "black" if color != "black" else "pink", "shape": shape}
+        place = roomiest_place([item.box for item in scene.objects], 0.25, random.Random(0))
+        lured = replace(scene, objects=(*scene.objects, SceneObject(**lure, size=0.25, x=place[0], y=place[1])))
+        assert answer_of(lured, question) == question.answer
+        questions.append(question)
+        pictures.append(render(lured, 64))
+    # Measured: 8 of 60 right; half is over five standard errors above that.
+    assert len(questions) > 40 and right_answers(defender, pictures, questions).float().mean() < 0.5
 
 
 def test_codec_keeps_the_targets(codec, card):
