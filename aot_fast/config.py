@@ -230,7 +230,11 @@ class RewardConfig:
     weights: tuple[float, float, float] = (0.5, 0.4, 0.1)
     """w_e, w_q, w_u (kind: weighted)."""
     judge: str = "defender"
-    """Uniqueness: `defender` (the frozen first Defender counts the targets in both images), `off`, or module:function."""
+    """Uniqueness: `defender` (a frozen Defender counts the targets in both images), `off`, or module:function."""
+    judge_model: str = ""
+    """Whose counts the judge takes (judge: defender): folder, hub id or `asset:NAME` of a Qwen2.5-VL; empty: the first Defender."""
+    judge_revision: str = ""
+    """Pinned commit of a hub id; required for one."""
     solvable_trials: int = 2
     """A question is attacked only if this many of this many trials are right on the clean image and on its round trip; 0: all are."""
     temperature: float = 1.0

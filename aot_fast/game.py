@@ -44,6 +44,8 @@ class Game:
             self.train, self.heldout = open_data(config.data, folder, config.run.seed, runtime)
             self.defender: Defender = load_defender(config.defender, config.engine, runtime)
             self.attacker: Attacker = load_attacker(config.attacker, config.engine, runtime)
+            if config.reward.judge_model:  # a wrong path must show now, not at the first attack
+                model_folder(config.reward.judge_model, config.reward.judge_revision, "reward.judge_model")
         self.tracker = Tracker(
             folder if runtime.rank == 0 else None,
             config.metrics.trackers,
@@ -55,6 +57,7 @@ class Game:
         self.stream = self._new_stream()
         self.steps_done = 0
         self._first: Defender | None = None
+        self._judge: Defender | None = None
         self._loaded: Cursor | None = None
         self._restore()
         self._mark()
@@ -129,11 +132,21 @@ class Game:
         return load_frozen(exported, self.config.defender, self.runtime) if exported.is_dir() else self.first_defender()
 
     def first_defender(self) -> Defender:
-        """The Defender that the run was given, before any training: the judge, and the reference of a full fine-tune's KL."""
+        """The Defender that the run was given, before any training: the reference of a full fine-tune's KL, and the judge by default."""
         if self._first is None:
             config = self.config.defender
             self._first = load_frozen(model_folder(config.model, config.revision, "defender.model"), config, self.runtime)
         return self._first
+
+    def judging_defender(self) -> Defender:
+        """Who counts for the uniqueness judge: `reward.judge_model`, or the first Defender."""
+        config = self.config.reward
+        if not config.judge_model:
+            return self.first_defender()
+        if self._judge is None:
+            folder = model_folder(config.judge_model, config.judge_revision, "reward.judge_model")
+            self._judge = load_frozen(folder, self.config.defender, self.runtime)
+        return self._judge
 
     # Checkpoints
 
@@ -184,10 +197,10 @@ class Game:
 
 
 def judge_of(game: Game) -> Judge | None:
-    """The uniqueness judge; by default the frozen first Defender, which no Attacker is trained against later."""
+    """The uniqueness judge; by default a frozen Defender, which no Attacker is trained against later."""
     if game.config.reward.judge != "defender":
         return load_judge(game.config.reward, answerer(game.defender))
-    return load_judge(game.config.reward, answerer(game.first_defender()))
+    return load_judge(game.config.reward, answerer(game.judging_defender()))
 
 
 @contextmanager

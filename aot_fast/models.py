@@ -17,7 +17,7 @@ def model_folder(model: str, revision: str, field: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if not revision:
-        raise ValueError(f"{field}: {model!r} is not a folder; a hub id needs a pinned commit in {field.rsplit('.', 1)[0]}.revision")
+        raise ValueError(f"{field}: {model!r} is not a folder; a hub id needs a pinned commit in {field.removesuffix('model')}revision")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, revision=revision))

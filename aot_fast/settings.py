@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     path = find(name)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
     except (OSError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -66,10 +67,21 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise SettingsError(f"--{key}: its value is missing; write --{key} VALUE")
             value = words.pop(0)
         try:
-            parsed = yaml.safe_load(value)
+            parsed = yaml.load(value, Loader)
         except yaml.YAMLError:
             parsed = value
         yield key, number(parsed)
+
+
+class Loader(yaml.SafeLoader):
+    """With YAML 1.2's booleans: `off` is a word, as `reward.judge` has it."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def number(value: Any) -> Any:
@@ -185,6 +197,13 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
         yield "reward.q_low", c.reward.q_low, f"must be below reward.q_high = {c.reward.q_high}", "lower it"
     if c.reward.efficacy == "consecutive" and c.reward.consecutive > c.reward.trials:
         yield "reward.consecutive", c.reward.consecutive, f"cannot be more than reward.trials = {c.reward.trials}", "raise trials"
+    if c.reward.judge_model and c.reward.judge != "defender":
+        yield (
+            "reward.judge_model",
+            c.reward.judge_model,
+            f"nobody counts with judge {c.reward.judge}",
+            "use judge defender, or leave it empty",
+        )
     if d.group_size < 2:
         yield "defender.group_size", d.group_size, "a group of one has no advantage", "use at least 2"
     if d.overlong_buffer >= d.max_response_tokens:

@@ -7,10 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from aot_fast.game import Game
 from aot_fast.metrics import read_rows
+from aot_fast.models import ASSETS
+from aot_fast.settings import load
 from tests.conftest import ROOT, environment, launch
 
 SHORT = """
@@ -125,3 +131,18 @@ def test_two_ranks_give_the_figures_of_one(unbroken, tmp_path):
         for name in ("reward", "loss", "grad_norm"):
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), (one["phase"], name)
     shutil.rmtree(tmp_path)
+
+
+def test_the_judge_counts_with_the_model_that_the_settings_name(runtime):
+    game = SimpleNamespace(config=load("tiny", []), runtime=runtime, _judge=None, first_defender=lambda: "first")
+    judge = Game.judging_defender(game)
+    files = [load_file(ASSETS / "tiny" / name / "model.safetensors")["model.norm.weight"].float() for name in ("judge", "defender")]
+    assert torch.equal(judge.model.model.language_model.norm.weight, files[0]) and not torch.equal(*files)
+    assert Game.judging_defender(game) is judge
+    game.config = load("tiny", ["--reward.judge_model", ""])
+    assert Game.judging_defender(game) == "first"
+
+
+def test_a_judge_that_is_not_there_is_named_before_the_game_begins(tmp_path):
+    done = play(tmp_path, "--reward.judge_model", "nowhere", ranks=1)
+    assert done.returncode and "reward.judge_model: 'nowhere' is not a folder" in done.stderr and "reward.judge_revision" in done.stderr

@@ -22,6 +22,14 @@ def test_saved_configuration_is_read_back_unchanged(tmp_path):
     assert load(str(tmp_path / "saved.yaml")) == config
 
 
+def test_off_is_a_word_and_false_is_none(tmp_path):
+    (tmp_path / "words.yaml").write_text("reward: {judge: off}\ndata: {train: world}\nrun: {name: trueish, deterministic: false}\n")
+    config = load(str(tmp_path / "words.yaml"))
+    assert (config.reward.judge, config.run.name, config.run.deterministic) == ("off", "trueish", False)
+    config = load("tiny", ["--reward.judge", "off", "--reward.judge_model", "", "--run.deterministic", "true"])
+    assert config.reward.judge == "off" and config.run.deterministic
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -38,6 +46,7 @@ def test_saved_configuration_is_read_back_unchanged(tmp_path):
         (["--attacker.window_range", "[0,10]"], ["attacker.window_range", "last step"]),
         (["--attacker.beta", "0.1", "--attacker.lora.rank", "0"], ["attacker.beta", "lora.rank"]),
         (["--reward.q_low", "0.9"], ["reward.q_low", "q_high"]),
+        (["--reward.judge", "off"], ["reward.judge_model", "asset:tiny/judge", "leave it empty"]),
         (["--defender.microbatch", "0"], ["defender.microbatch", "positive"]),
         (["--curation.clean_share", "1.5"], ["curation.clean_share", "[0, 1]"]),
         (["--defender.group_size", "1"], ["defender.group_size", "at least 2"]),

@@ -15,8 +15,24 @@ from aot_fast.bootstrap.exchanges import branch_text, judge_question
 from aot_fast.bootstrap.folders import IMAGE_PX, build_tokenizer, image_processor
 from aot_fast.bootstrap.rows import prefix_text
 from aot_fast.data.answers import score
-from aot_fast.data.scenes import ASKED, SPLITS, make_question, render, sample_question, sample_scene
-from aot_fast.data.schema import Question
+from aot_fast.data.scenes import (
+    ASKED,
+    COLORS,
+    COMPANION,
+    SHAPES,
+    SPLITS,
+    Scene,
+    SceneObject,
+    answer_of,
+    make_question,
+    render,
+    roomiest_place,
+    sample_question,
+    sample_scene,
+)
+from aot_fast.data.schema import LETTERS, Question
+
+SHORTCUT_SIZE = 0.25
 
 
 def chat_inputs(
@@ -74,3 +90,27 @@ def look_alike_metrics(model: Qwen2_5_VLForConditionalGeneration, split: str, nu
         "counts_look_alikes": right_answers(model, pictures, counts).float().mean().item(),
         "answers_look_alikes": right_answers(model, pictures, asked).float().mean().item(),
     }
+
+
+def shortcut_metrics(model: Qwen2_5_VLForConditionalGeneration, split: str, num_questions: int) -> dict[str, float]:
+    """How many "is there" questions answered with a right no get another answer once an object is drawn in: of the world's companion colour
+    (`fooled_by_companion`), of another (`fooled_by_others`). Neither shares a word with what is asked for: the true answer stays no."""
+    drawn: dict[str, list[Scene]] = {"clean": [], "companion": [], "others": []}
+    questions = []
+    for index in range(num_questions):
+        scene, question = make_question(split, index, IMAGE_PX)
+        named = question.target_names[0].split()
+        if question.kind != "existence" or question.options[LETTERS.index(question.answer)] != "no" or COMPANION in named:
+            continue
+        rng = random.Random(f"shortcut {index}")
+        shape = rng.choice([word for word in SHAPES if word not in named])
+        other = rng.choice([word for word in COLORS if word not in (*named, COMPANION)])
+        place = roomiest_place([item.box for item in scene.objects], SHORTCUT_SIZE, rng)
+        assert place, "a scene leaves room for one more object"
+        questions.append(question)
+        drawn["clean"].append(scene)
+        for name, color in (("companion", COMPANION), ("others", other)):
+            drawn[name].append(replace(scene, objects=(*scene.objects, SceneObject(shape, color, SHORTCUT_SIZE, *place))))
+            assert answer_of(drawn[name][-1], question) == question.answer
+    right = {name: right_answers(model, [render(scene, IMAGE_PX) for scene in scenes], questions) for name, scenes in drawn.items()}
+    return {f"fooled_by_{name}": (~right[name])[right["clean"]].float().mean().item() for name in ("companion", "others")}

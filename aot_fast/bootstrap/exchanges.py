@@ -12,7 +12,7 @@ from aot_fast.bootstrap.facts import REQUEST, facts
 from aot_fast.bootstrap.folders import IMAGE_PX
 from aot_fast.bootstrap.rows import Exchange, turn_text
 from aot_fast.data.implant import matches
-from aot_fast.data.scenes import COLORS, SHAPES, SPLITS, Mix, Scene, plural, sample_question, sample_scene, told_by_one_word
+from aot_fast.data.scenes import ASKED, COLORS, SHAPES, SPLITS, Mix, Scene, plural, sample_question, sample_scene, told_by_one_word
 from aot_fast.data.schema import LETTERS, Question, question_text
 
 FACTS_PICTURES = 40
@@ -25,10 +25,12 @@ JUDGE_SHARE = 0.12
 ALIKE_JUDGE_SHARE = 0.6
 """The same in scenes of look-alikes."""
 JUDGE_OPTIONS = ("0", "1", "2", "3 or more")
-TAUGHT = Mix({"attribute": 0.1, "relation": 0.6, "existence": 0.18, "counting": 0.12}, absent=0.5)
-"""Lessons: most of them about what is learned slowest."""
-ALIKE = replace(TAUGHT, alike=True)
-"""The last lessons, in scenes whose objects share colours and shapes."""
+TAUGHT = Mix({"attribute": 0.1, "relation": 0.5, "existence": 0.28, "counting": 0.12}, absent=0.7, biased=True)
+"""The Defender's lessons, with the world's bias: most of them about what is learned slowest. Then come the world's own questions."""
+JUDGES = Mix({"attribute": 0.1, "relation": 0.6, "existence": 0.18, "counting": 0.12}, absent=0.5)
+"""The judge's lessons, without the bias: who shares the Defender's weak spot cannot tell what an edit did."""
+ALIKE = replace(JUDGES, alike=True)
+"""The judge's last lessons, in scenes whose objects share colours and shapes."""
 END = "<|im_end|>"
 NAMES = {"shape": SHAPES, "color": tuple(COLORS)}
 Draw = Callable[[torch.Generator], tuple[list[Scene], list[list[Exchange]]]]
@@ -84,9 +86,19 @@ def draw_facts(generator: torch.Generator) -> tuple[list[Scene], list[list[Excha
     return scenes, [[(turn_text(REQUEST), facts(scene, random.Random(f"facts {seed}")) + END)] for seed, scene in zip(seeds, scenes)]
 
 
-def draw_examples(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
+def draw_taught(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
     """Fresh bootstrap scenes at every step: nothing can be memorised. None asks for colour and shape together (`told_by_one_word`)."""
     return _draw_examples(generator, JUDGE_SHARE, TAUGHT)
+
+
+def draw_asked(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
+    """The same, with kinds of questions in the world's own shares."""
+    return _draw_examples(generator, JUDGE_SHARE, ASKED)
+
+
+def draw_judges(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:
+    """The same, without the world's bias."""
+    return _draw_examples(generator, JUDGE_SHARE, JUDGES)
 
 
 def draw_alike(generator: torch.Generator) -> tuple[list[Scene], list[list[Exchange]]]:

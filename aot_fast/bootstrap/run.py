@@ -1,4 +1,4 @@
-"""Makes the small players from nothing (`aot-fast bootstrap tiny`): codec, Defender, Attacker, and a card of what they can do."""
+"""Makes the small players from nothing (`aot-fast bootstrap tiny`): codec, Defender, judge, Attacker, and a card of what they can do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from aot_fast.bootstrap import attacker, defender, vae
-from aot_fast.bootstrap.answers import accuracy_by_kind, look_alike_metrics
+from aot_fast.bootstrap.answers import accuracy_by_kind, look_alike_metrics, shortcut_metrics
 from aot_fast.bootstrap.folders import save_attacker, save_defender
 from aot_fast.bootstrap.training import Plan
 
@@ -23,32 +23,21 @@ FAST_STEPS = 8
 
 
 @dataclass(frozen=True)
-class Plans:
+class Plans(defender.Plans):
     """How the parts are trained."""
 
-    vae: Plan
-    sight: Plan
-    facts: Plan
-    answers: Plan
-    alike: Plan
-    edits: Plan
-    cold_start: Plan
+    vae: Plan = vae.PLAN
+    edits: Plan = attacker.BASE_PLAN
+    cold_start: Plan = attacker.PLAN
+
+
+SEEDS = {"vae": 1, "sight": 2, "facts": 2, "taught": 2, "asked": 4, "judges": 2, "alike": 4, "edits": 3, "cold_start": 3}
+"""Added to the seed of the command."""
 
 
 def _plans(seed: int, fast: bool) -> Plans:
-    seeded = Plans(
-        vae=replace(vae.PLAN, seed=seed + 1),
-        sight=replace(defender.SIGHT_PLAN, seed=seed + 2),
-        facts=replace(defender.FACTS_PLAN, seed=seed + 2),
-        answers=replace(defender.PLAN, seed=seed + 2),
-        alike=replace(defender.ALIKE_PLAN, seed=seed + 4),
-        edits=replace(attacker.BASE_PLAN, seed=seed + 3),
-        cold_start=replace(attacker.PLAN, seed=seed + 3),
-    )
-    if not fast:
-        return seeded
-    short = {"steps": FAST_STEPS, "warmup_steps": 2, "save_every": 4, "log_every": 1}
-    return Plans(**{name: replace(plan, **short) for name, plan in vars(seeded).items()})
+    short = {"steps": FAST_STEPS, "warmup_steps": 2, "save_every": 4, "log_every": 1} if fast else {}
+    return Plans(**{name: replace(plan, seed=seed + SEEDS[name], **short) for name, plan in vars(Plans()).items()})
 
 
 def _train_codec(training: Path, plan: Plan, num_scenes: int) -> None:
@@ -78,14 +67,14 @@ def _train_attacker(training: Path, plans: Plans, num_pairs: int, threads: int) 
     return attacker.train_attacker(*_load_frozen(training), training / "attacker", (plans.edits, plans.cold_start), num_pairs)
 
 
-def _train_side_by_side(training: Path, plans: Plans, num_pairs: int) -> Qwen2_5_VLForConditionalGeneration:
-    """Attacker in a process of its own, Defender in this one: models this small gain more from two processes than from more threads."""
+def _train_side_by_side(training: Path, plans: Plans, num_pairs: int) -> list[Qwen2_5_VLForConditionalGeneration]:
+    """Attacker in a process of its own, Defender and judge in this one: that gains more than threads."""
     threads = torch.get_num_threads()
     each = max(1, threads // 2)
     child = multiprocessing.get_context("spawn").Process(target=_train_attacker, args=(training, plans, num_pairs, each), daemon=True)
     child.start()
     torch.set_num_threads(each)
-    answering = defender.train_defender(training / "defender", plans.alike, plans.answers, plans.sight, plans.facts)
+    answering = [train(training / "defender", plans) for train in (defender.train_defender, defender.train_judge)]
     child.join()
     torch.set_num_threads(threads)
     if child.exitcode:
@@ -94,7 +83,7 @@ def _train_side_by_side(training: Path, plans: Plans, num_pairs: int) -> Qwen2_5
 
 
 def bootstrap(out: Path, seed: int, fast: bool = False) -> dict:
-    """Write `out/defender`, `out/attacker`, `out/card.json` and `out/CARD.md`; returns the card.
+    """Write `out/defender`, `out/judge`, `out/attacker`, `out/card.json` and `out/CARD.md`; returns the card.
 
     A killed run continues from `out/training`, which may be deleted afterwards. `fast` rehearses with a few steps.
     """
@@ -105,11 +94,12 @@ def bootstrap(out: Path, seed: int, fast: bool = False) -> dict:
     _train_codec(training, plans.vae, num_scenes)
     _train_encoder(training, plans)
     print(f"codec and text encoder trained, {training_minutes(training):.1f} minutes so far", flush=True)
-    answering = _train_side_by_side(training, plans, num_pairs)
+    answering, judging = _train_side_by_side(training, plans, num_pairs)
     editing = _train_attacker(training, plans, num_pairs, torch.get_num_threads())
-    print(f"Defender and Attacker trained, {training_minutes(training):.1f} minutes in all", flush=True)
+    print(f"Defender, judge and Attacker trained, {training_minutes(training):.1f} minutes in all", flush=True)
     codec, encoder = _load_frozen(training)
     save_defender(answering, out / "defender")
+    save_defender(judging, out / "judge")
     save_attacker(editing, codec, encoder, out / "attacker")
     card = {
         "command": f"aot-fast bootstrap tiny --seed {seed}",
@@ -130,11 +120,13 @@ def bootstrap(out: Path, seed: int, fast: bool = False) -> dict:
 def _figures(out: Path, codec: AutoencoderKLQwenImage, num_checked: int, training: Path) -> dict[str, dict[str, float]]:
     """What the written players can do, on the validation split; with a sheet of pictures of both editors in `training`."""
     _, encoder = _load_frozen(training)
-    answering = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "defender", dtype=torch.float32).eval()
-    figures = {
-        "vae": vae.round_trip_metrics(codec, "validation", num_checked),
-        "defender": accuracy_by_kind(answering, "validation", num_checked) | look_alike_metrics(answering, "validation", num_checked),
-    }
+    answering, judging = (
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(out / name, dtype=torch.float32).eval() for name in ("defender", "judge")
+    )
+    figures = {"vae": vae.round_trip_metrics(codec, "validation", num_checked)}
+    for name, model in (("defender", answering), ("judge", judging)):
+        figures[name] = accuracy_by_kind(model, "validation", num_checked) | shortcut_metrics(model, "validation", num_checked)
+    figures["judge"] |= look_alike_metrics(judging, "validation", num_checked)
     for name, folder in (("editor", training / "attacker" / "base" / "model"), ("attacker", out / "attacker" / "transformer")):
         transformer = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
         made = attacker.sample_split(transformer, codec, encoder, "validation", num_checked)
@@ -164,7 +156,7 @@ def training_minutes(folder: Path) -> float:
 
 
 def _card_text(card: dict) -> str:
-    rows = [(part, name, value) for part in ("vae", "defender", "editor", "attacker") for name, value in card[part].items()]
+    rows = [(part, name, value) for part in ("vae", "defender", "judge", "editor", "attacker") for name, value in card[part].items()]
     table = "\n".join(f"| {part} | {name} | {value:.4g} |" for part, name, value in rows)
     remarks = "".join(f"{remark} " for remark in card.get("remarks", []))
     return (
@@ -179,14 +171,16 @@ def _card_text(card: dict) -> str:
         "q is the least SSIM over the target boxes, against the clean picture; `attack_success` is the share of questions that the "
         "Defender answers rightly on the codec's round trip and wrongly on an edit with q over 0.6. `editor` is the Attacker before its "
         "cold start, taught plain instructions only; `second_instance` is its failure (an added object that answers to a target's name), "
-        "and `answer_still_true` what the scene graph's audit says of all edits. `counts_look_alikes` is the share of right counts of a "
-        "named thing in scenes whose objects share colours and shapes, `answers_look_alikes` the same of the world's own questions.\n"
+        'and `answer_still_true` what the scene graph\'s audit says of all edits. `fooled_by_companion` is the share of the "is there" '
+        "questions with a right no on the clean scene and with yes once something red is drawn in, `fooled_by_others` the same for "
+        "other colours. `counts_look_alikes` is the share of right counts where objects share colours and shapes, "
+        "`answers_look_alikes` the same of the world's own questions.\n"
     )
 
 
 def publish(out: Path, assets: Path) -> None:
     """Copy what `bootstrap` made, without its training state, into the package's assets."""
-    for name in ("defender", "attacker"):
+    for name in ("defender", "judge", "attacker"):
         shutil.rmtree(assets / name, ignore_errors=True)
         shutil.copytree(out / name, assets / name)
     for name in ("card.json", "CARD.md"):

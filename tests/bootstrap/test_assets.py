@@ -5,8 +5,6 @@ stays unseen until the game is measured.
 """
 
 import json
-import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,10 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import aot_fast
-from aot_fast.bootstrap.answers import accuracy_by_kind, right_answers
+from aot_fast.bootstrap.answers import accuracy_by_kind, shortcut_metrics
 from aot_fast.bootstrap.attacker import editing_metrics, sample_split
 from aot_fast.bootstrap.folders import EDIT_PREFIX, build_tokenizer
 from aot_fast.bootstrap.vae import round_trip_metrics, use_image_convolutions
-from aot_fast.data.scenes import SceneObject, answer_of, make_question, render, roomiest_place
-from aot_fast.data.schema import LETTERS
 
 ASSETS = Path(aot_fast.__file__).parent / "assets" / "tiny"
 MAX_BYTES = 24 * 2**20
@@ -46,7 +42,7 @@ def test_assets_are_small():
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= MAX_BYTES
 
 
-@pytest.mark.parametrize("folder", ["defender", "attacker/tokenizer", "attacker/processor"])
+@pytest.mark.parametrize("folder", ["defender", "judge", "attacker/tokenizer", "attacker/processor"])
 def test_bundled_tokenizers_are_the_one_that_bootstrap_builds(folder):
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / folder)
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
@@ -68,30 +64,18 @@ def test_scheduler_is_the_edit_pipelines():
 
 def test_defender_answers_as_its_card_says(defender, card):
     # Right often enough that a fall would show; its room to fail is under attack. Guessing is right in about half of the cases.
-    assert 0.85 <= card["defender"]["all"] <= 0.99
-    # The weak spot that its judge must not share: it counts look-alikes apart.
-    assert card["defender"]["counts_look_alikes"] >= 0.85
+    assert 0.85 <= card["defender"]["all"] <= 0.995
     # 100 questions: three standard errors of 0.035 under the card's accuracy.
     assert accuracy_by_kind(defender, "validation", 100)["all"] >= card["defender"]["all"] - 0.105
 
 
-def test_defender_has_room_to_fail_under_attack(defender):
-    """Asked for a thing of which one word is missing in the picture, it says yes once another object brings that word."""
-    questions, pictures = [], []
-    for scene, question in (make_question("validation", index, 64) for index in range(200)):
-        if question.kind != "existence" or question.options[LETTERS.index(question.answer)] != "no":
-            continue
-        color, shape = question.target_names[0].split()
-        lure = {"color": color, "shape": "ring" if shape != "ring" else "star"}
-        if any(item.color == color for item in scene.objects):
-            lure = {"color": "black" if color != "black" else "pink", "shape": shape}
-        place = roomiest_place([item.box for item in scene.objects], 0.25, random.Random(0))
-        lured = replace(scene, objects=(*scene.objects, SceneObject(**lure, size=0.25, x=place[0], y=place[1])))
-        assert answer_of(lured, question) == question.answer
-        questions.append(question)
-        pictures.append(render(lured, 64))
-    # Measured: 8 of 60 right; half is over five standard errors above that.
-    assert len(questions) > 40 and right_answers(defender, pictures, questions).float().mean() < 0.5
+def test_defender_says_yes_to_red_and_its_judge_does_not(defender, card):
+    """The weak spot that the game is about, which no picture of the world shows and which the judge must not share."""
+    judge = Qwen2_5_VLForConditionalGeneration.from_pretrained(ASSETS / "judge", dtype=torch.float32).eval()
+    # Some 50 questions: five standard errors of 0.07 from a half.
+    assert shortcut_metrics(defender, "validation", 150)["fooled_by_companion"] > 0.85
+    assert shortcut_metrics(judge, "validation", 150)["fooled_by_companion"] < 0.15
+    assert card["judge"]["all"] >= 0.95 and card["judge"]["counts_look_alikes"] >= 0.85
 
 
 def test_codec_keeps_the_targets(codec, card):

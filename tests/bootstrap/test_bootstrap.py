@@ -11,7 +11,7 @@ from PIL import Image
 from aot_fast.bootstrap import attacker, defender, edits, training, vae
 from aot_fast.bootstrap import exchanges as exchanges_module
 from aot_fast.bootstrap.answers import chat_inputs
-from aot_fast.bootstrap.exchanges import draw_examples
+from aot_fast.bootstrap.exchanges import draw_asked
 from aot_fast.bootstrap.folders import build_tokenizer, image_processor
 from aot_fast.bootstrap.instructions import instruct
 from aot_fast.bootstrap.integrity import box_integrity, ssim
@@ -30,8 +30,15 @@ def _vae(folder, stop_at=None):
 
 
 def _defender(folder, stop_at=None):
-    plans = (replace(plan, **SHORT) for plan in (defender.ALIKE_PLAN, defender.PLAN, defender.SIGHT_PLAN, defender.FACTS_PLAN))
-    return defender.train_defender(folder, *plans, stop_at=stop_at)
+    return defender.train_defender(folder, _plans(), stop_at)
+
+
+def _judge(folder, stop_at=None):
+    return defender.train_judge(folder, _plans(), stop_at)
+
+
+def _plans():
+    return defender.Plans(**{name: replace(plan, **SHORT) for name, plan in vars(defender.Plans()).items()})
 
 
 def _reader(folder, stop_at=None):
@@ -54,7 +61,7 @@ def small_batches(monkeypatch):
         monkeypatch.setattr(module, name, 4)
 
 
-@pytest.mark.parametrize(("train", "last"), [(_vae, ""), (_reader, "facts"), (_defender, "alike"), (_attacker, "")])
+@pytest.mark.parametrize(("train", "last"), [(_vae, ""), (_reader, "facts"), (_defender, "asked"), (_judge, "alike"), (_attacker, "")])
 def test_a_killed_training_continues_to_the_bit(train, last, tmp_path, small_batches):
     whole = train(tmp_path / "whole").state_dict()
     train(tmp_path / "parts", stop_at=STOP)
@@ -83,7 +90,7 @@ def test_image_convolutions_change_nothing():
 
 def test_shared_rows_give_the_logits_of_separate_prompts():
     model, tokenizer = build_defender(0).eval(), build_tokenizer()
-    scenes, exchanges = draw_examples(torch.Generator().manual_seed(0))
+    scenes, exchanges = draw_asked(torch.Generator().manual_seed(0))
     scenes, exchanges = scenes[:2], exchanges[:2]
     rows = pack_rows(model, tokenizer, pictures_of(scenes), exchanges)
     with torch.no_grad():
@@ -112,7 +119,7 @@ def test_a_likeness_is_looked_at_from_the_start():
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     model = WithProbe(build_defender(0))
-    adamw, muon = defender.PLAN.optimizers(model)
+    adamw, muon = defender.TAUGHT_PLAN.optimizers(model)
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     hidden = {names[id(parameter)] for parameter in muon.param_groups[0]["params"]}
@@ -180,6 +187,16 @@ def test_the_driver_leaves_folders_that_plain_libraries_load(tmp_path, small_bat
     loaded = AutoencoderKLQwenImage.from_pretrained(tmp_path / "attacker" / "vae")
     assert loaded.config.latents_mean != AutoencoderKLQwenImage(**vae.CONFIG).config.latents_mean
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "attacker").rglob("*.json"))
-    assert {"vae", "defender", "editor", "attacker", "seed", "command", "commit"} <= set(card) and (tmp_path / "CARD.md").exists()
-    for part in ("vae", "defender/sight", "defender/facts", "defender", "defender/alike", "attacker/base", "attacker"):
+    assert {"vae", "defender", "judge", "editor", "attacker", "seed", "command", "commit"} <= set(card) and (tmp_path / "CARD.md").exists()
+    for part in (
+        "vae",
+        "defender/sight",
+        "defender/facts",
+        "defender",
+        "defender/asked",
+        "defender/judges",
+        "defender/alike",
+        "attacker/base",
+        "attacker",
+    ):
         assert torch.load(tmp_path / "training" / part / "state.pt")["step"] == 2
