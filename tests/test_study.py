@@ -318,6 +318,9 @@ class Untrained:
         return nullcontext()
 
 
+GROUP = load("tiny_study").defender.group_size
+
+
 def write_rows(run, drawn):
     run.folder.mkdir(parents=True, exist_ok=True)
     rows = [{"phase": "defend", "round": 1, "step": i + 1, "seconds": 1.0, "groups/drawn": float(n)} for i, n in enumerate(drawn)]
@@ -332,24 +335,24 @@ def test_answers_are_counted_and_unequal_work_is_warned_of(tmp_path):
     game, clean = study.runs()
     write_rows(game, [32, 32]), write_rows(clean, [32, 32])
     found = summary.summarise_study(study.folder)
-    assert [found["runs"][arm]["0"]["answers_generated"] for arm in study.arms] == [320, 320] and found["warnings"] == []
+    assert [found["runs"][arm]["0"]["answers_generated"] for arm in study.arms] == [64 * GROUP, 64 * GROUP] and found["warnings"] == []
     assert found["runs"]["coevolution"]["0"] | {"folder": ""} == {
         "folder": "",
         "finished": True,
         "seconds": 7.0,
         "seconds_by_phase": {"attack": 5.0, "defend": 2.0},
-        "answers_generated": 320,
+        "answers_generated": 64 * GROUP,
         "optimizer_steps": 2,
     }
     write_rows(clean, [32, 64, 32])
     found = summary.summarise_study(study.folder)
-    assert "answers_generated" in found["warnings"][0] and "clean_seed0 640" in found["warnings"][0]
+    assert "answers_generated" in found["warnings"][0] and f"clean_seed0 {128 * GROUP}" in found["warnings"][0]
     assert "optimizer_steps" in found["warnings"][1] and "clean_seed0 3" in found["warnings"][1]
 
 
 def test_answers_of_a_rollout_of_several_steps_count_once_and_unlogged_ones_are_unknown():
     rows = [{"phase": "defend", "round": 1, "step": step, "seconds": 1.0, "groups/drawn": 10.0} for step in (1, 2, 3, 4)]
-    for override, count in (("--defender.steps_per_rollout", 20 * 5), ("--metrics.every", None)):
+    for override, count in (("--defender.steps_per_rollout", 20 * GROUP), ("--metrics.every", None)):
         study = Study(load("tiny_study", [override, "2"]), (), ())
         assert summary.answers_generated(study, rows) == count
 
@@ -379,7 +382,7 @@ def test_a_game_and_a_control_are_played_and_compared(tmp_path):
         assert read_predictions(clean / last).keys() == read_predictions(game / last).keys()
     found = json.loads((tmp_path / "s" / "summary.json").read_text())
     work = [found["runs"][arm]["0"] for arm in ("coevolution", "clean")]
-    assert [run["answers_generated"] for run in work] == [4 * 5, 4 * 5] and [run["optimizer_steps"] for run in work] == [1, 1]
+    assert [run["answers_generated"] for run in work] == [4 * GROUP, 4 * GROUP] and [run["optimizer_steps"] for run in work] == [1, 1]
     assert {"attacker_learns", "defender_1_adapts", "hardened_vs_clean"} <= {row["key"] for row in found["comparisons"]}
     assert found["figures"]["clean"]["0"]["attack_success"]["attacker_1"].keys() == {"defender_0", "defender_1"}
     (tmp_path / "s" / "report.html").unlink()
