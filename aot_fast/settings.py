@@ -70,7 +70,7 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             parsed = yaml.load(value, Loader)
         except yaml.YAMLError:
             parsed = value
-        yield key, number(parsed)
+        yield key, number("" if value == "" else parsed)
 
 
 class Loader(yaml.SafeLoader):
@@ -203,6 +203,14 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
             c.reward.judge_model,
             f"nobody counts with judge {c.reward.judge}",
             "use judge defender, or leave it empty",
+        )
+    others = c.data.train != "world" and not d.model.startswith("asset:")
+    if others and c.reward.judge_model.startswith("asset:"):
+        yield (
+            "reward.judge_model",
+            c.reward.judge_model,
+            "a bundled judge knows nothing but the small world",
+            "name yours, or leave it empty",
         )
     if d.group_size < 2:
         yield "defender.group_size", d.group_size, "a group of one has no advantage", "use at least 2"

@@ -61,7 +61,8 @@ def test_from_a_wheel(stand_in, tmp_path):
 
 
 def test_editable(stand_in, tmp_path):
-    pip("install", "--prefix", str(tmp_path / "prefix"), "--editable", ".")
+    # --ignore-installed: else pip takes the environment's own installation, and `aot-fast` with it, away.
+    pip("install", "--ignore-installed", "--prefix", str(tmp_path / "prefix"), "--editable", ".")
     site = next((tmp_path / "prefix").rglob("site-packages"))
     theirs, ours = found([stand_in, site], tmp_path)
     assert theirs.is_relative_to(stand_in) and ours == ROOT / "kernels" / "dispatch.py"
