@@ -235,6 +235,9 @@ class RewardConfig:
     """Whose counts the judge takes (judge: defender): folder, hub id or `asset:NAME` of a Qwen2.5-VL; empty: the first Defender."""
     judge_revision: str = ""
     """Pinned commit of a hub id; required for one."""
+    judge_answers: bool = False
+    """Whether the judge must answer the question itself rightly on the edit, too (judge_model only: the first Defender would forbid what
+    fools it). Two models that err together are fewer wrong lessons than one."""
     solvable_trials: int = 2
     """A question is attacked only if this many of this many trials are right on the clean image and on its round trip; 0: all are."""
     temperature: float = 1.0
@@ -251,8 +254,11 @@ class CurationConfig:
     """Solvable questions edited for one curated set."""
     edits_per_question: int = 2
     """Edits tried for each."""
+    num_pictures: int = 0
+    """Pictures in the set: an Attacker that seldom fools the Defender then has less to say. 0: as many as give the accepted edits the
+    share that the other two leave."""
     clean_share: float = 0.25
-    """Share of clean images in the set."""
+    """Least share of clean images in the set: they also fill the places of edits that are wanting."""
     replay_share: float = 0.15
     """Share of edits from earlier rounds."""
     hard_share: float = 0.5

@@ -6,6 +6,7 @@ Everything a person would want to look at is written to `curated/round_NNN/`: im
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from aot_fast.attacker.encoding import roundtrip
 from aot_fast.attacker.reward import score, solvable
 from aot_fast.attacker.rollout import rollout
+from aot_fast.config import CurationConfig
 from aot_fast.data.audit import audit
 from aot_fast.data.schema import Example, Verdict
 from aot_fast.data.sets import Picture, Pictures
@@ -154,16 +156,21 @@ def _roundtrips(game: Game) -> list[Picture]:
 
 
 def _mix(game: Game, made: list[Picture]) -> list[Picture]:
-    """`made` with the configured shares of clean pictures and of earlier rounds' edits; all clean when nothing was made."""
-    config, chance = game.config.curation, random.Random(game.seed("mix"))
-    clean = game.train.examples().rows
-    if not made:
-        if game.config.game.arm != "clean":
-            game.tracker.say(f"warning: round {game.cursor.round} has no accepted edit; the Defender trains on clean pictures")
-        return chance.sample(clean, min(len(clean), config.num_questions))
+    """`made` among clean pictures and earlier rounds' edits, by the configured shares; all clean when nothing was made."""
+    if not made and game.config.game.arm != "clean":
+        game.tracker.say(f"warning: round {game.cursor.round} has no accepted edit; the Defender trains on clean pictures")
     earlier = []
-    for round in range(1, game.cursor.round):
+    for round in range(1, game.cursor.round if made else 0):
         earlier += [row for row in Pictures.read(folder_of(game, round) / "set.jsonl", game.train).rows if row.attacker_round == round]
-    total = len(made) / max(1e-9, 1 - config.clean_share - config.replay_share)
-    rows = made + chance.sample(clean, min(len(clean), int(total * config.clean_share)))
-    return rows + chance.sample(earlier, min(len(earlier), int(total * config.replay_share)))
+    return mixed(made, earlier, game.train.examples().rows, game.config.curation, random.Random(game.seed("mix")))
+
+
+def mixed(
+    made: Sequence[Picture], earlier: Sequence[Picture], clean: Sequence[Picture], config: CurationConfig, chance: random.Random
+) -> list[Picture]:
+    """The set's pictures: `made` and `earlier` up to their shares, and clean ones for the rest."""
+    own_share = max(1e-9, 1 - config.clean_share - config.replay_share)
+    total = config.num_pictures or int(len(made) / own_share) or config.num_questions
+    rows = chance.sample(made, min(len(made), math.ceil(total * own_share - 1e-6)))  # 320 * 0.3 is 96.00000000000001
+    rows += chance.sample(earlier, min(len(earlier), int(total * config.replay_share)))
+    return rows + chance.sample(clean, min(len(clean), total - len(rows)))

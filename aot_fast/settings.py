@@ -204,6 +204,13 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
             f"nobody counts with judge {c.reward.judge}",
             "use judge defender, or leave it empty",
         )
+    if c.reward.judge_answers and not c.reward.judge_model:
+        yield (
+            "reward.judge_answers",
+            c.reward.judge_answers,
+            "the first Defender would forbid exactly the edits that fool it",
+            "name another model as reward.judge_model, or leave it off",
+        )
     others = c.data.train != "world" and not d.model.startswith("asset:")
     if others and c.reward.judge_model.startswith("asset:"):
         yield (
@@ -251,7 +258,7 @@ UNIT = (
 NOT_NEGATIVE = (
     "data.num_train data.num_heldout defender.beta defender.entropy_coef attacker.eta attacker.beta attacker.clip "
     "game.warmup_steps game.rounds game.attacker_steps game.defender_steps run.stop_after run.threads reward.pad reward.temperature "
-    "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials defender.lora.rank attacker.lora.rank"
+    "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials curation.num_pictures defender.lora.rank attacker.lora.rank"
 ).split()
 
 

@@ -26,7 +26,8 @@ def test_off_is_a_word_and_false_is_none(tmp_path):
     (tmp_path / "words.yaml").write_text("reward: {judge: off}\ndata: {train: world}\nrun: {name: trueish, deterministic: false}\n")
     config = load(str(tmp_path / "words.yaml"))
     assert (config.reward.judge, config.run.name, config.run.deterministic) == ("off", "trueish", False)
-    config = load("tiny", ["--reward.judge", "off", "--reward.judge_model", "", "--run.deterministic", "true"])
+    judge = ["--reward.judge", "off", "--reward.judge_model", "", "--reward.judge_answers", "false"]
+    config = load("tiny", [*judge, "--run.deterministic", "true"])
     assert (config.reward.judge, config.reward.judge_model, config.run.deterministic) == ("off", "", True)
 
 
@@ -47,6 +48,7 @@ def test_off_is_a_word_and_false_is_none(tmp_path):
         (["--attacker.beta", "0.1", "--attacker.lora.rank", "0"], ["attacker.beta", "lora.rank"]),
         (["--reward.q_low", "0.9"], ["reward.q_low", "q_high"]),
         (["--reward.judge", "off"], ["reward.judge_model", "asset:tiny/judge", "leave it empty"]),
+        (["--reward.judge_model", ""], ["reward.judge_answers", "first Defender", "judge_model"]),
         (["--data.train", "q.jsonl", "--defender.model", "mine"], ["reward.judge_model", "small world", "leave it empty"]),
         (["--defender.microbatch", "0"], ["defender.microbatch", "positive"]),
         (["--curation.clean_share", "1.5"], ["curation.clean_share", "[0, 1]"]),

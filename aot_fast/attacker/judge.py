@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL.Image import Image, Resampling
 
@@ -46,7 +46,7 @@ def load_judge(config: RewardConfig, answerer: Answerer) -> Judge | None:
     if config.judge == "off":
         return None
     if config.judge == "defender":
-        return CountingJudge(answerer)
+        return CountingJudge(answerer, config.judge_answers)
     module, _, function = config.judge.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -57,16 +57,17 @@ def load_judge(config: RewardConfig, answerer: Answerer) -> Judge | None:
 class CountingJudge:
     """Asks how many of each target there are, in the original and in the edit, and compares the answers.
 
-    Questions without `target_names` pass unjudged, with a warning said once: comparing the answers to the question itself would
-    forbid exactly the edits that fool the Defender.
+    answers: the question itself must be answered rightly on the edit too; from the Defender under attack that would forbid exactly the
+    edits that fool it. Questions without `target_names` are not counted for, with a warning said once.
     """
 
-    def __init__(self, answerer: Answerer):
+    def __init__(self, answerer: Answerer, answers: bool = False):
         self.answerer = answerer
+        self.answers = answers
         self.unjudged = 0
 
     def __call__(self, edits: Sequence[Edit]) -> list[float]:
-        """1.0 where every target is counted alike in both pictures, else 0.0."""
+        """1.0 where every target is counted alike in both pictures (and the answer is given, with `answers`), else 0.0."""
         self._warn(sum(not edit.example.question.target_names for edit in edits))
         originals: dict[tuple[str, str], Example] = {}  # a group shares its original: counted once
         for edit in edits:
@@ -75,15 +76,18 @@ class CountingJudge:
             picture = edit.example.image.resize(edit.image.size, Resampling.LANCZOS) if missing else None  # resolution must not decide
             originals |= {(question.key, name): counting(question, name, picture) for name in missing}
         edited = [counting(e.example.question, name, e.image) for e in edits for name in e.example.question.target_names]
-        answers = self._counts([*originals.values(), *edited])
-        before = dict(zip(originals, answers))
-        after = iter(answers[len(originals) :])
+        asked = [replace(edit.example, image=edit.image, source="judge") for edit in edits] if self.answers else []
+        told = self._ask([*asked, *originals.values(), *edited])
+        right = [answer.correct for answer in told[: len(asked)]] or [True] * len(edits)
+        before = dict(zip(originals, (answer.parsed for answer in told[len(asked) :])))
+        after = iter(answer.parsed for answer in told[len(asked) + len(originals) :])
         keys = [[(edit.example.question.key, name) for name in edit.example.question.target_names] for edit in edits]
-        return [float(all([before[key] == next(after) for key in row])) for row in keys]
+        alike = [all([before[key] == next(after) for key in row]) for row in keys]
+        return [float(a and r) for a, r in zip(alike, right)]
 
-    def _counts(self, examples: Sequence[Example]) -> list[str]:
+    def _ask(self, examples: Sequence[Example]) -> list[Answer]:
         answers = self.answerer(examples, 1, 0.0, [seed_of("judge", example.question.id) for example in examples])
-        return [trials[0].parsed for trials in answers]
+        return [trials[0] for trials in answers]
 
     def _warn(self, missing: int) -> None:
         if missing and not self.unjudged:

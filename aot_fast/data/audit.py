@@ -3,8 +3,8 @@
     found = audit(question, clean, edit)    # found.valid, found.kind, found.objects
 
 1. Objects of the scene whose pixels did not change, or whose own template still fits best, are kept.
-2. What else is coloured and has changed falls into connected parts; each is read as the best fitting shape and colour. A part that is like
-   no shape is a blob: it may be taken for its best guesses or for nothing.
+2. What else is coloured and has changed falls into connected parts; each is read as the best fitting shape and colour. A part that is
+   hardly like a shape is a blob: it may be taken for its best guesses or for nothing; one that is like none, for an object without shape.
 3. The answer is valid only if it is true under every combination of those readings. How often this errs: `evaluation/audit_error.py`.
 """
 
@@ -39,6 +39,10 @@ SURE = 0.82
 """Likeness from which a part is an object."""
 CLEAR = 0.92
 """Likeness from which its shape is as clear as a rendered one's, which reaches 0.96 after the codec; below, it is half-formed."""
+NO_SHAPE = 0.75
+"""Likeness below which a part is like no shape at all: worn and through the codec, none of 1,024 drawn objects is under 0.90."""
+SHAPELESS = "blob"
+"""The shape of such a part: it may pass for a coloured object where no shape is asked for."""
 PARTLY = 0.5
 """Likeness from which an object of the scene that is no longer sure may still be there."""
 SHAPE_MARGIN = 0.03
@@ -190,6 +194,8 @@ def _fits(layers: Layers, cover: np.ndarray, mask: np.ndarray, other: np.ndarray
 
 def _read(fits: list[Fit], colors: list[str], mask: np.ndarray) -> Part:
     """What a fitted part may be taken for."""
+    if fits[0].likeness < NO_SHAPE:
+        return Part((None, *(replace(fits[0].item(color), shape=SHAPELESS) for color in colors)), int(mask.sum()))
     sure = fits[0].likeness >= SURE
     clear = fits[0].likeness >= CLEAR and fits[0].size >= MIN_OBJECT
     margin = SHAPE_MARGIN if clear else VAGUE_MARGIN

@@ -167,6 +167,20 @@ def test_every_target_is_counted():
     assert judge([edit_of(edited, names=("ball",)), edit_of(edited, names=("ball", "cube"))]) == [1.0, 0.0]
 
 
+def test_the_judge_may_have_to_answer_the_question_too():
+    """A third picture deceives the judge about nothing but the question: only `judge_answers` finds it."""
+    image, doubled, changed = picture(0), picture(1), picture(2)
+
+    def answerer(examples, trials, temperature, seeds):
+        counts = [Answer("", "C" if e.image is doubled else "B", True) for e in examples]
+        own = [e.question.question.startswith("How many ball") for e in examples]
+        return [[count if counted else Answer("", "", e.image is not changed)] for e, count, counted in zip(examples, counts, own)]
+
+    edits = [edit_of(image), edit_of(doubled), edit_of(changed), edit_of(changed, names=("ball", "cube"))]
+    assert load_judge(RewardConfig(), answerer)(edits[:3]) == [1.0, 0.0, 1.0]
+    assert load_judge(RewardConfig(judge_answers=True), answerer)(edits) == [1.0, 0.0, 0.0, 0.0]
+
+
 def test_questions_without_names_pass_with_one_warning():
     judge = load_judge(RewardConfig(), counter(lambda e: "B"))
     with pytest.warns(UserWarning, match="target_names"):

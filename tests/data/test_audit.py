@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image, ImageDraw
 
-from aot_fast.data.audit import audit
+from aot_fast.data.audit import SHAPELESS, audit
 from aot_fast.data.implant import implant
 from aot_fast.data.scenes import COLORS, Scene, SceneObject, answer_of, make_question, render
 from aot_fast.data.schema import Question
@@ -103,6 +103,8 @@ def test_a_blob_is_doubtful_and_decides_only_where_it_could_be_a_target(scene):
     assert harmless.valid and harmless.kind == "blob" and set(harmless.objects) == set(scene.objects)
     assert {item.color for item in harmless.doubtful} == {"purple"}
     assert not judge(ask(scene, "How many purple objects are there?", "0", "1"), edited).valid
+    assert {item.shape for item in harmless.doubtful} == {SHAPELESS}
+    assert judge(ask(scene, "Is there a purple star in the picture?", "no", "yes"), edited).valid
 
 
 def test_a_target_that_is_half_another_color_is_not_believed(scene, color_of_star):
