@@ -10,7 +10,7 @@ RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 .PHONY: demo test lint bench clean
 
-$(STAMP): $( REQUIREMENTS) setup.py
+$(STAMP): requirements.txt requirements-gpu.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/pip install --quiet $$(grep -E '^(torch|triton)==' requirements.txt)

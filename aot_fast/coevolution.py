@@ -13,7 +13,7 @@ from aot_fast.attacker import flow_grpo, nft
 from aot_fast.attacker.model import export_attacker
 from aot_fast.attacker.rollout import rollout
 from aot_fast.config import Config
-from aot_fast.curation import attackable, curate, read_curated
+from aot_fast.curation import attackable, curate, promising, read_curated
 from aot_fast.data.sets import Pictures
 from aot_fast.defender import dapo
 from aot_fast.defender.answers import answerer, likelihood
@@ -35,7 +35,7 @@ def play(game: Game) -> None:
                 case "warmup":
                     train_defender(game, game.train.examples())
                 case "attack":
-                    train_attacker(game, attackable(game))
+                    train_attacker(game, promising(game, attackable(game)))
                 case "curate":
                     curate(game)
                 case "defend":

@@ -124,6 +124,10 @@ class DefenderConfig:
     """Responses a prompt (G)."""
     prompts_per_step: int = 128
     """Groups an optimizer step trains on, over all ranks."""
+    probe_edits: int = 0
+    """Edits of every attackable question before a round's training, to see where the Attacker can earn anything; 0: none."""
+    probe_share: float = 0.5
+    """Share of the questions that is trained on: those whose probes earn the most different rewards."""
     steps_per_rollout: int = 1
     """Optimizer steps on one rollout; the rollout keeps prompts_per_step * steps_per_rollout groups."""
     prompts_per_try: int = 0
@@ -191,6 +195,10 @@ class AttackerConfig:
     group_size: int = 16
     prompts_per_step: int = 16
     """Groups an optimizer step trains on, over all ranks."""
+    probe_edits: int = 0
+    """Edits of every attackable question before a round's training, to see where the Attacker can earn anything; 0: none."""
+    probe_share: float = 0.5
+    """Share of the questions that is trained on: those whose probes earn the most different rewards."""
     rollout_batch: int = 16
     """Samples denoised at a time on one rank."""
     microbatch: int = 4

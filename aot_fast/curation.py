@@ -13,13 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from aot_fast.attacker.encoding import roundtrip
+from aot_fast.attacker.flow_grpo import judged
 from aot_fast.attacker.reward import score, solvable
 from aot_fast.attacker.rollout import rollout
 from aot_fast.config import CurationConfig
 from aot_fast.data.audit import audit
 from aot_fast.data.schema import Example, Verdict
 from aot_fast.data.sets import Picture, Pictures
-from aot_fast.defender.answers import answerer
+from aot_fast.defender.answers import answerer, likelihood
 from aot_fast.evaluation.tables import safe_name
 from aot_fast.game import Game, judge_of
 from aot_fast.metrics import atomic_write_text
@@ -75,6 +76,41 @@ def _solvable_of(game: Game, examples: Pictures, chunk: list[int]) -> list[int]:
     return [i for i in chunk if i in kept]
 
 
+def promising(game: Game, questions: Pictures) -> Pictures:
+    """The share of `questions` on which the Attacker, as it is now, earns the most different rewards: the others' groups would teach
+    nothing. As DAPO's dynamic sampling, but before the round. All of them without `attacker.probe_edits`; kept in `promising.json`.
+    A collective."""
+    config = game.config.attacker
+    if not config.probe_edits:
+        return questions
+    path = folder_of(game, game.cursor.round) / "promising.json"
+    if not game.runtime.broadcast(path.is_file()):
+        spreads: dict[str, float] = {}
+        for start in range(0, len(questions), CHUNK):
+            game.check_stop()
+            own = _spreads(game, [questions[i] for i in range(start, min(start + CHUNK, len(questions)))])
+            for part in game.runtime.gather(own):
+                spreads |= part
+        wanted = math.ceil(len(questions) * config.probe_share)
+        best = set(sorted(spreads, key=spreads.get, reverse=True)[:wanted])
+        if game.runtime.rank == 0:
+            atomic_write_text(path, json.dumps([row.question_id for row in questions.rows if row.question_id in best]))
+    game.runtime.barrier()
+    kept = set(json.loads(path.read_text()))
+    return Pictures([row for row in questions.rows if row.question_id in kept], game.train)
+
+
+def _spreads(game: Game, chunk: Sequence[Example]) -> dict[str, float]:
+    """Greatest minus least reward of the probes of this rank's questions."""
+    config = game.config
+    place = {"seed": game.seed("probe"), "round": game.cursor.round, "step": 0}
+    groups = rollout(game.attacker, chunk, **place, group_size=config.attacker.probe_edits, train=False)
+    with game.defender.whole():
+        scored = judged(groups, config.reward, answerer(game.defender), judge_of(game), likelihood(game.defender))
+    rewards = {part.verdicts[0].question_id: [v.reward for v in part.verdicts if math.isfinite(v.reward)] for part in scored}
+    return {question: max(row) - min(row) if row else 0.0 for question, row in rewards.items()}
+
+
 def curate(game: Game) -> None:
     """Write this round's training set of the Defender, by the arm that is played (MATH.md section 5). A collective."""
     makers = {"coevolution": _edits, "random_edit": _edits, "roundtrip": _roundtrips, "clean": lambda game: []}
@@ -126,7 +162,7 @@ def _edit_and_check(game: Game, chunk: Sequence[Example], folder: Path) -> list[
         edit.image.save(folder / name)
         # Written down, never asked: `accepted` is the reward's own word, and the audit is what that word is checked against.
         found = audit(edit.example.question, edit.example.image, edit.image)
-        audited = {"audit": found and found.valid, "attack": found.kind if found else ""}
+        audited = {"audit": found and found.valid, "likely": found and found.likely, "attack": found.kind if found else ""}
         records.append(as_record(verdict) | audited | {"image": name})
     return records
 

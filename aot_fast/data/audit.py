@@ -5,7 +5,8 @@
 1. Objects of the scene whose pixels did not change, or whose own template still fits best, are kept.
 2. What else is coloured and has changed falls into connected parts; each is read as the best fitting shape and colour. A part that is
    hardly like a shape is a blob: it may be taken for its best guesses or for nothing; one that is like none, for an object without shape.
-3. The answer is valid only if it is true under every combination of those readings. How often this errs: `evaluation/audit_error.py`.
+3. The answer is valid only if it is true under every combination of those readings, and likely if it is true under the best of each. How
+   often this errs: `evaluation/audit_error.py`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Audit:
     """What an edit did to the scene."""
 
     valid: bool
-    """Whether the answer is still true, whatever the doubtful objects are taken for."""
+    """Whether the answer is still true, whatever the doubtful objects are taken for: a lower bound where there are many."""
+    likely: bool
+    """Whether it is still true by the best reading of each."""
     kind: str
     """Attack type. replaced: an object became another one or changed its colour; removed; added; hybrid: more than one of these;
     blob: none of these, but something coloured of an object's size that is like no shape; subtle: the rest (light, texture, specks)."""
@@ -108,7 +111,8 @@ def audit(question: Question, before: Image, after: Image) -> Audit | None:
     slots = [(item,) for item in kept] + [*lost.values()] + [_unlike(part, [*lost.values()]) for part in parts]
     objects = tuple(slot[0] for slot in slots if slot[0])
     doubtful = tuple(item for slot in slots for item in slot[1:] if item)
-    return Audit(_holds(scene, question, slots), _kind(lost, parts), objects, doubtful)
+    likely = answer_of(replace(scene, objects=objects), question) == question.answer
+    return Audit(_holds(scene, question, slots), likely, _kind(lost, parts), objects, doubtful)
 
 
 def _scene_of(question: Question) -> Scene | None:

@@ -128,7 +128,8 @@ def _make(game: Game, chunk: Sequence[Example], on: str, attacker_round: int) ->
         boxes = integrity(example.image, picture, example.question.target_boxes, game.config.reward.pad)
         found = audit(example.question, clean, picture) if on != "roundtrip" else None
         relative = str(path.relative_to(Path(game.folder) / "evaluation"))
-        rows.append(Edit(example.question.id, min(boxes), boxes, relative, found and found.valid, found.kind if found else ""))
+        audited = {"audit": found.valid, "likely": found.likely, "attack": found.kind} if found else {}
+        rows.append(Edit(example.question.id, min(boxes), boxes, relative, **audited))
     return rows
 
 

@@ -66,8 +66,13 @@ def attack_success(roundtrip: Predictions, attacked: Predictions, edits: Edits, 
 
 
 def label_valid(edits: Edits, q_low: float) -> Share:
-    """Share of the edits with intact targets whose true answer is still true; only audited edits count."""
+    """Share of the edits with intact targets whose true answer surely is still true; only audited edits count."""
     return share(edit.audit for edit in edits.values() if edit.audit is not None and edit.q >= q_low)
+
+
+def label_likely(edits: Edits, q_low: float) -> Share:
+    """The same by the best reading of each edit."""
+    return share(edit.likely for edit in edits.values() if edit.likely is not None and edit.q >= q_low)
 
 
 def attack_types(tables: Tables, q_low: float) -> dict[str, dict[str, dict]]:

@@ -47,10 +47,13 @@ def _walk(tree: dict[str, Any], leaf) -> dict[str, Any]:
     return {key: leaf(value) if isinstance(value, Share) else _walk(value, leaf) for key, value in tree.items()}
 
 
-def curated_label_valid(run_folder: Path | str) -> dict[str, Share]:
-    """By round: share of the edits in the curated set whose answer is still true; rounds without an audited edit are left out."""
+def curated_labels(run_folder: Path | str, verdict: str) -> dict[str, Share]:
+    """By round: share of the edits in the curated set whose answer is still true by the audit's `verdict` ("audit": surely, or "likely").
+
+    Rounds without an audited edit are left out.
+    """
     folders = sorted(Path(run_folder).glob("curated/round_[0-9]*"))
-    audits = {(folder.name, Path(row["image"]).name): row.get("audit") for folder in folders for row in read_rows(folder / "edits.jsonl")}
+    audits = {(folder.name, Path(row["image"]).name): row.get(verdict) for folder in folders for row in read_rows(folder / "edits.jsonl")}
     shares = {}
     for folder in folders:
         # A replayed edit lies in an earlier round's folder; names, not whole paths, for a run folder may be moved.
@@ -71,9 +74,10 @@ def measure(run_folder: Path | str, q_low: float) -> dict[str, Any]:
     tables = read_tables(run_folder)
     shares = matrix.shares(tables, q_low)
     learned = matrix.attacker_difference(tables, q_low)
-    label_valid = {on: matrix.label_valid(tables.edits[on], q_low) for on in tables.attackers}
-    shares["label_valid"] = {on: valid for on, valid in label_valid.items() if valid.n}
-    shares["curated_label_valid"] = curated_label_valid(run_folder)
+    for name, found, verdict in (("label_valid", matrix.label_valid, "audit"), ("label_likely", matrix.label_likely, "likely")):
+        by_attacker = {on: found(tables.edits[on], q_low) for on in tables.attackers}
+        shares[name] = {on: valid for on, valid in by_attacker.items() if valid.n}
+        shares[f"curated_{name}"] = curated_labels(run_folder, verdict)
     shares["attack_types"] = matrix.attack_types(tables, q_low)
     return {
         **_walk(shares, lambda share: share.value),

@@ -47,9 +47,11 @@ class Edit:
     image: str = ""
     """Path of the picture relative to the folder `evaluation`."""
     audit: bool | None = None
-    """Whether the true answer is still true by the scene graph; None where there is none (photographs)."""
+    """Whether the true answer is still true however doubtful things in the picture are read; None without a scene graph (photographs)."""
     attack: str = ""
     """Attack type, one of `data.audit.KINDS`; empty where there is no audit."""
+    likely: bool | None = None
+    """Whether the true answer is still true by the best reading of each of those things."""
 
 
 def safe_name(id: str) -> str:

@@ -81,12 +81,14 @@ def _galleries(run: RunFiles) -> list[Gallery]:
 
 
 def _curated(run: RunFiles) -> list[dict[str, Any]]:
-    """What each round's curation made; `valid`: the share of true answers, where it was audited."""
-    valid = run.figures["details"].get("curated_label_valid") or {}
-    return [
-        {"round": round, "edits": made.edits, "cards": curated_cards(run, round), "valid": valid.get(f"round_{round}")}
-        for round, made in run.curated.items()
-    ]
+    """What each round's curation made; `valid` and `likely`: the shares of true answers, where it was audited."""
+    valid, likely = (run.figures["details"].get(f"curated_label_{name}") or {} for name in ("valid", "likely"))
+
+    def item(round: int) -> dict[str, Any]:
+        shares = {"valid": valid.get(f"round_{round}"), "likely": likely.get(f"round_{round}")}
+        return {"round": round, "edits": run.curated[round].edits, "cards": curated_cards(run, round), **shares}
+
+    return [item(round) for round in run.curated]
 
 
 def _context(run: RunFiles) -> dict[str, Any]:

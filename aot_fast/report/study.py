@@ -116,8 +116,12 @@ def _integrity(by_seed: Mapping[str, Any]) -> list[tuple[str, Spread | None, Spr
     ]
 
 
-def _curated(by_seed: Mapping[str, Any]) -> list[tuple[str, Spread | None]]:
-    return [(name, over_seeds(by_seed, "curated_label_valid", name)) for name in keys_of(by_seed, "curated_label_valid")]
+def _curated(by_seed: Mapping[str, Any]) -> list[tuple[str, Spread | None, Spread | None]]:
+    """(round, share of true labels by the best reading, and however doubtful things are read) over seeds."""
+    return [
+        (name, over_seeds(by_seed, "curated_label_likely", name), over_seeds(by_seed, "curated_label_valid", name))
+        for name in keys_of(by_seed, "curated_label_valid")
+    ]
 
 
 def _phases(study: StudyFiles) -> list[dict[str, Any]]:

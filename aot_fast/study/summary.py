@@ -25,8 +25,10 @@ FIGURES = (
     "accuracy_under_attack",
     "integrity",
     "label_valid",
+    "label_likely",
     "attack_types",
     "curated_label_valid",
+    "curated_label_likely",
 )
 
 
