@@ -24,6 +24,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-enable -q $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 

@@ -252,13 +252,14 @@ POSITIVE = (
     "curation.edits_per_question checkpoint.every checkpoint.keep metrics.every"
 ).split()
 UNIT = (
-    "defender.top_p attacker.ema_decay attacker.probe_share curation.clean_share curation.replay_share curation.hard_share data.max_bad_fraction "
-    "data.heldout_fraction"
+    "defender.top_p attacker.ema_decay attacker.probe_share curation.clean_share curation.replay_share curation.hard_share "
+    "data.max_bad_fraction data.heldout_fraction"
 ).split()
 NOT_NEGATIVE = (
     "data.num_train data.num_heldout defender.beta defender.entropy_coef attacker.eta attacker.beta attacker.clip "
     "game.warmup_steps game.rounds game.attacker_steps game.defender_steps run.stop_after run.threads reward.pad reward.temperature "
-    "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials curation.num_pictures attacker.probe_edits "
+    "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials "
+    "curation.num_pictures attacker.probe_edits "
     "defender.lora.rank attacker.lora.rank"
 ).split()
 

@@ -76,7 +76,7 @@ def flow_policy_loss(
     for name, value in needs.items():
         require(value is not None, name, None, f"a value for variant {variant!r}")
     std, dt = (None if value is None else _per_sample(name, value, logp) for name, value in (("std", std), ("dt", dt)))
-    return implementation("flow_policy_loss")(logp, old_logp, advantages, kl, drift, std, dt, mask, count, settings)
+    return implementation("flow_policy_loss", logp)(logp, old_logp, advantages, kl, drift, std, dt, mask, count, settings)
 
 
 def _per_sample(name: str, value: float | Tensor, logp: Tensor) -> Tensor:

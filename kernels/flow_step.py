@@ -87,7 +87,7 @@ def flow_step(
     require(storage in FLOATS, "storage_dtype", storage, f"one of {FLOATS}")
     step = _coefficients(x, sigma, sigma_next, dynamics, eta, sigma_max)
     published = dynamics == "cps" and cps_logp == "published"
-    return implementation("flow_step")(x, v, Guidance(v_uncond, guidance, rescale), step, noise, seeds, published, storage)
+    return implementation("flow_step", x, v, v_uncond)(x, v, Guidance(v_uncond, guidance, rescale), step, noise, seeds, published, storage)
 
 
 def flow_logp(
@@ -118,7 +118,7 @@ def flow_logp(
     require_choice("kl", kl, ("exact", "flow_grpo"))
     step = _coefficients(x, sigma, sigma_next, dynamics, eta, sigma_max)
     published = dynamics == "cps" and cps_logp == "published"
-    return implementation("flow_logp")(
+    return implementation("flow_logp", x, v, v_uncond)(
         x, v, Guidance(v_uncond, guidance, rescale), x_next, step, v_ref, v_old, published, kl == "flow_grpo"
     )
 

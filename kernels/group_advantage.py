@@ -43,7 +43,7 @@ def group_advantage(
     require(eps >= 0, "eps", eps, "at least 0")
     sizes = group_sizes if isinstance(group_sizes, Tensor) else torch.tensor(list(group_sizes), dtype=torch.int64)
     require_tensor("group_sizes", sizes, (None,), (torch.int64,))
-    if sizes.device.type == "cpu":
+    if sizes.device.type == "cpu" and not torch.compiler.is_compiling():
         require(
             bool((sizes >= 0).all()) and int(sizes.sum()) == len(rewards),
             "group_sizes",
@@ -51,7 +51,7 @@ def group_advantage(
             f"sizes that add up to {len(rewards)}",
         )
     with torch.no_grad():
-        return implementation("group_advantage")(rewards, sizes.to(rewards.device, non_blocking=True), eps, std, ddof)
+        return implementation("group_advantage", rewards)(rewards, sizes.to(rewards.device, non_blocking=True), eps, std, ddof)
 
 
 def group_advantage_reference(rewards: Tensor, sizes: Tensor, eps: float, std: str, ddof: int) -> Advantage:

@@ -25,7 +25,7 @@ def guided_velocity(v: Tensor, v_uncond: Tensor, *, guidance: float, rescale: bo
     shape or dtype.
     """
     check_guidance(v, v_uncond, rescale)
-    return implementation("guided_velocity")(v, v_uncond, guidance, rescale)
+    return implementation("guided_velocity", v, v_uncond)(v, v_uncond, guidance, rescale)
 
 
 def check_guidance(v: Tensor, v_uncond: Tensor, rescale: bool) -> None:

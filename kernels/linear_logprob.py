@@ -6,12 +6,35 @@ N rows, H hidden, V vocabulary. Floor: one GEMM of 2 N H V operations forward; b
 operator is four GEMMs (linear_policy_loss needs three). Memory: one chunk, chunk_rows x V.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .arguments import FLOATS, INTEGERS, compute_dtype, require, require_tensor
 from .dispatch import implementation
+from .gemm import add_product, gemm_operand, product
 from .logprob import LogProb, RowStats, logit_gradient, row_stats
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """The settings of the head."""
+
+    temperature: float
+    chunk_rows: int
+    logits_dtype: torch.dtype
+
+
+class RowPasses(NamedTuple):
+    """A backend's passes over a chunk of logits."""
+
+    row_stats: Callable
+    """As logprob.row_stats."""
+    logit_gradient: Callable
+    """As logprob.logit_gradient; the logits may be used up."""
 
 
 def linear_logprob(
@@ -30,7 +53,7 @@ def linear_logprob(
     is summed over the chunks in fp32. Raises ValueError on a wrong shape, dtype, temperature or chunk_rows < 1.
     """
     check_head(hidden, weight, targets, temperature, chunk_rows, logits_dtype)
-    return implementation("linear_logprob")(hidden, weight, targets, temperature, chunk_rows, logits_dtype)
+    return implementation("linear_logprob", hidden)(hidden, weight, targets, temperature, chunk_rows, logits_dtype)
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_rows: int, logits_dtype: torch.dtype) -> None:
@@ -46,20 +69,27 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
 def linear_logprob_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_rows: int, logits_dtype: torch.dtype
 ) -> LogProb:
-    return LogProb(*_LinearLogProb.apply(hidden, weight, targets, temperature, chunk_rows, logits_dtype))
+    return chunked_logprob(
+        hidden, weight, targets, HeadSettings(temperature, chunk_rows, logits_dtype), RowPasses(row_stats, logit_gradient)
+    )
+
+
+def chunked_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, head: HeadSettings, passes: RowPasses) -> LogProb:
+    """linear_logprob with a backend's passes over the rows of a chunk of logits."""
+    return LogProb(*_LinearLogProb.apply(hidden, weight, targets, head, passes))
 
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_rows: int, logits_dtype: torch.dtype):
-        head = weight.to(compute_dtype(weight))
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, head: HeadSettings, passes: RowPasses):
+        matrix = gemm_operand(weight)
         chunks = [
-            row_stats(chunk_logits(h, head, logits_dtype), t, temperature)
-            for h, t in zip(hidden.split(chunk_rows), targets.split(chunk_rows))
+            passes.row_stats(chunk_logits(h, matrix, head.logits_dtype), t, head.temperature)
+            for h, t in zip(hidden.split(head.chunk_rows), targets.split(head.chunk_rows))
         ]
         stats = RowStats(*(torch.cat(parts) for parts in zip(*chunks)))
         ctx.save_for_backward(hidden, weight, targets, *stats)
-        ctx.settings = temperature, chunk_rows, logits_dtype
+        ctx.settings = head, passes
         ctx.mark_non_differentiable(stats.valid)
         ctx.set_materialize_grads(False)
         return stats.logp, stats.entropy, stats.valid
@@ -68,44 +98,51 @@ class _LinearLogProb(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogp: Tensor | None, dentropy: Tensor | None, _):
         hidden, weight, targets, *stats = ctx.saved_tensors
-        temperature, chunk_rows, logits_dtype = ctx.settings
+        head, passes = ctx.settings
         zeros = torch.zeros_like(stats[0])
         dlogp, dentropy = (zeros if g is None else g for g in (dlogp, dentropy))
-        head = weight.to(compute_dtype(weight))
-        gradients = HeadGradients(hidden, head, *ctx.needs_input_grad[:2])
-        for start in range(0, len(hidden), chunk_rows):
-            rows = slice(start, start + chunk_rows)
+        matrix = gemm_operand(weight)
+        gradients = HeadGradients(hidden, matrix, *ctx.needs_input_grad[:2])
+        for start in range(0, len(hidden), head.chunk_rows):
+            rows = slice(start, start + head.chunk_rows)
             part = RowStats(*(s[rows] for s in stats))
             # A row without upstream gradient may hold anything; 0 * NaN would reach dweight through the GEMM.
             live = (part.valid & ((dlogp[rows] != 0) | (dentropy[rows] != 0))).unsqueeze(1)
             h = torch.where(live, hidden[rows], 0)
-            logits = chunk_logits(h, head, logits_dtype)
-            dlogits = logit_gradient(logits, targets[rows], part, dlogp[rows], dentropy[rows], temperature, hidden.dtype)
+            logits = chunk_logits(h, matrix, head.logits_dtype)
+            dlogits = passes.logit_gradient(logits, targets[rows], part, dlogp[rows], dentropy[rows], head.temperature, hidden.dtype)
             gradients.add(rows, h, dlogits)
-        return gradients.dhidden, gradients.dweight_as(weight.dtype), None, None, None, None
+        return gradients.dhidden, gradients.dweight_as(weight.dtype), None, None, None
 
 
-def chunk_logits(hidden: Tensor, head: Tensor, logits_dtype: torch.dtype) -> Tensor:
-    """Logits of a chunk, accumulated in the head's dtype (fp32 or fp64), rounded to logits_dtype if that is a half type."""
-    logits = hidden.to(head.dtype) @ head.T
-    return logits.to(logits_dtype) if logits_dtype.itemsize < 4 else logits
+def chunk_logits(hidden: Tensor, matrix: Tensor, logits_dtype: torch.dtype) -> Tensor:
+    """Logits of a chunk, summed in fp32 (fp64) and kept so, or rounded to logits_dtype if that is a half type."""
+    return product(hidden, matrix.T, logits_dtype if logits_dtype.itemsize < 4 else compute_dtype(hidden))
 
 
 class HeadGradients:
     """Sums dhidden and dweight over chunks; dweight in fp32 (fp64 for fp64 inputs), in chunk order."""
 
-    def __init__(self, hidden: Tensor, head: Tensor, needs_hidden: bool, needs_weight: bool):
-        self.head = head
+    def __init__(self, hidden: Tensor, matrix: Tensor, needs_hidden: bool, needs_weight: bool):
+        self.matrix, self.needs_weight = matrix, needs_weight
         self.dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
-        self.dweight = torch.zeros(head.shape, dtype=head.dtype, device=head.device) if needs_weight else None
+        self._dweight: Tensor | None = None
 
     def add(self, rows: Tensor | slice, hidden: Tensor, dlogits: Tensor) -> None:
         """rows: which rows of dhidden these are; hidden [n, H]; dlogits [n, V] in hidden's dtype."""
-        dlogits = dlogits.to(self.head.dtype)
         if self.dhidden is not None:
-            self.dhidden[rows] = (dlogits @ self.head).to(self.dhidden.dtype)
-        if self.dweight is not None:
-            self.dweight.addmm_(dlogits.T, hidden.to(self.head.dtype))
+            self.dhidden[rows] = product(dlogits, self.matrix, self.dhidden.dtype)
+        if self.needs_weight and self._dweight is None:  # written, not added to zeros: 2 GB less to write and to read at 152,064 x 3,584
+            self._dweight = product(dlogits.T, hidden, compute_dtype(self.matrix))
+        elif self.needs_weight:
+            add_product(self._dweight, dlogits.T, hidden)
+
+    @property
+    def dweight(self) -> Tensor | None:
+        """fp32 (fp64); None where the weight needs none."""
+        if self.needs_weight and self._dweight is None:
+            self._dweight = torch.zeros(self.matrix.shape, dtype=compute_dtype(self.matrix), device=self.matrix.device)
+        return self._dweight
 
     def dweight_as(self, dtype: torch.dtype) -> Tensor | None:
         """dweight in the weight's dtype, or None."""

@@ -10,15 +10,17 @@ Rows whose coefficient is known to be zero (mask False; advantage exactly 0 when
 masked rows no GEMM at all: rows are ordered [with gradient | metrics only], and one host read of the two counts splits them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .arguments import compute_dtype, require, require_tensor
 from .dispatch import implementation
+from .gemm import gemm_operand
 from .known_gradient import attach_gradients
-from .linear_logprob import HeadGradients, check_head, chunk_logits
+from .linear_logprob import HeadGradients, HeadSettings, RowPasses, check_head, chunk_logits
 from .logprob import RowStats, logit_gradient, row_stats
 from .metrics import PolicyLoss, combine_metrics, finish_metrics
 from .policy_loss import (
@@ -33,13 +35,12 @@ from .policy_loss import (
 )
 
 
-@dataclass(frozen=True)
-class HeadSettings:
-    """The settings of the head beside those of the loss."""
+class HeadPasses(NamedTuple):
+    """A backend's passes over a chunk of logits and its rows."""
 
-    temperature: float
-    chunk_rows: int
-    logits_dtype: torch.dtype
+    rows: RowPasses
+    loss_and_gradients: Callable
+    """As policy_loss.loss_and_gradients."""
 
 
 def linear_policy_loss(
@@ -87,7 +88,7 @@ def linear_policy_loss(
         require_tensor("dweight_out", dweight_out, weight.shape, (compute_dtype(weight),), like=weight)
         require(weight.requires_grad, "dweight_out", "a weight without requires_grad", "a weight that requires a gradient")
     head = HeadSettings(temperature, chunk_rows, logits_dtype)
-    run = implementation("linear_policy_loss")
+    run = implementation("linear_policy_loss", hidden)
     return run(hidden, weight, targets, advantages, old_logp, ref_logp, mask, seq_ids, settings, head, dweight_out)
 
 
@@ -104,12 +105,31 @@ def linear_policy_loss_reference(
     head: HeadSettings,
     dweight_out: Tensor | None,
 ) -> PolicyLoss:
+    passes = HeadPasses(RowPasses(row_stats, logit_gradient), loss_and_gradients)
+    return chunked_policy_loss(hidden, weight, targets, advantages, old, ref, mask, seq_ids, settings, head, dweight_out, passes)
+
+
+def chunked_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    mask: Tensor | None,
+    seq_ids: Tensor | None,
+    settings: PolicySettings,
+    head: HeadSettings,
+    dweight_out: Tensor | None,
+    passes: HeadPasses,
+) -> PolicyLoss:
+    """linear_policy_loss with a backend's passes over the rows of a chunk of logits."""
     given = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     live = given & (targets >= 0) & (targets < weight.shape[0])
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     with torch.no_grad():
         batch = token_batch(settings, compute_dtype(hidden), advantages, old, ref, live, seq_ids)
-        matrix = weight.to(compute_dtype(weight))
+        matrix = gemm_operand(weight)
         gradients = HeadGradients(hidden, matrix, *needs)
         rows, num_active = _order_rows(batch, settings, any(needs))
         value = batch.weight.new_zeros(())
@@ -117,7 +137,7 @@ def linear_policy_loss_reference(
         for start, stop in _units(batch, rows, settings, head.chunk_rows):
             unit = rows[start:stop]
             active = min(max(num_active - start, 0), len(unit))
-            part, more = _unit(hidden, matrix, targets, batch, unit, active, settings, head, gradients)
+            part, more = _unit(hidden, matrix, targets, batch, unit, active, settings, head, passes, gradients)
             value, metrics = value + part, combine_metrics([metrics, more])
     known = gradients.dhidden, gradients.dweight
     return PolicyLoss(attach_gradients(value, (hidden, weight), known, (None, dweight_out)), finish_metrics(metrics))
@@ -162,6 +182,7 @@ def _unit(
     num_active: int,
     s: PolicySettings,
     head: HeadSettings,
+    passes: HeadPasses,
     gradients: HeadGradients,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of some rows; adds the gradients of the first num_active of them. One chunk, unless it is one long sequence."""
@@ -171,11 +192,11 @@ def _unit(
         index = rows[piece.start : piece.stop]
         states = hidden[index]
         logits = chunk_logits(states, matrix, head.logits_dtype)
-        blocks.append(row_stats(logits, targets[index], head.temperature))
+        blocks.append(passes.rows.row_stats(logits, targets[index], head.temperature))
     stats = RowStats(*(torch.cat(parts) for parts in zip(*blocks)))
     part = batch.rows(rows)
     part = part._replace(mask=stats.valid, weight=torch.where(stats.valid, part.weight, 0))
-    value, dlogp, dentropy, metrics = loss_and_gradients(stats.logp, stats.entropy, part, s)
+    value, dlogp, dentropy, metrics = passes.loss_and_gradients(stats.logp, stats.entropy, part, s)
     metrics["count/invalid"] = (~stats.valid).sum()
     for piece in pieces:
         size = min(num_active - piece.start, len(piece))
@@ -187,6 +208,6 @@ def _unit(
         span = slice(piece.start, piece.start + size)
         index, row_part = rows[span], RowStats(*(field[span] for field in stats))
         bonus = None if dentropy is None else dentropy[span]
-        dlogits = logit_gradient(logits[:size], targets[index], row_part, dlogp[span], bonus, head.temperature, hidden.dtype)
+        dlogits = passes.rows.logit_gradient(logits[:size], targets[index], row_part, dlogp[span], bonus, head.temperature, hidden.dtype)
         gradients.add(index, states[:size], dlogits)
     return value, metrics

@@ -8,6 +8,7 @@ N rows (tokens), V vocabulary. Floor: the forward pass reads the logits once (N 
 the gradient once. Reductions over V are in a fixed order, so that a row's result has the same bits alone, in a batch or permuted.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,19 +59,24 @@ def logprob(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Log
     require_tensor("logits", logits, (None, None), FLOATS)
     require_tensor("targets", targets, (logits.shape[0],), INTEGERS, like=logits)
     require(temperature > 0, "temperature", temperature, "more than 0")
-    return implementation("logprob")(logits, targets, temperature)
+    return implementation("logprob", logits)(logits, targets, temperature)
 
 
 def logprob_reference(logits: Tensor, targets: Tensor, temperature: float) -> LogProb:
-    return LogProb(*_LogProb.apply(logits, targets, temperature))
+    return differentiable_logprob(logits, targets, temperature, row_stats, logit_gradient)
+
+
+def differentiable_logprob(logits: Tensor, targets: Tensor, temperature: float, forward: Callable, backward: Callable) -> LogProb:
+    """logprob with its gradient, from the two passes of a backend: `row_stats` and `logit_gradient` below or their likes."""
+    return LogProb(*_LogProb.apply(logits, targets, temperature, forward, backward))
 
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float):
-        stats = row_stats(logits, targets, temperature)
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float, forward: Callable, backward: Callable):
+        stats = forward(logits, targets, temperature)
         ctx.save_for_backward(logits, targets, *stats)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.gradient = temperature, backward
         ctx.mark_non_differentiable(stats.valid)
         ctx.set_materialize_grads(False)
         return stats.logp, stats.entropy, stats.valid
@@ -79,7 +85,8 @@ class _LogProb(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogp: Tensor | None, dentropy: Tensor | None, _):
         logits, targets, *stats = ctx.saved_tensors
-        return logit_gradient(logits, targets, RowStats(*stats), dlogp, dentropy, ctx.temperature, logits.dtype), None, None
+        gradient = ctx.gradient(logits, targets, RowStats(*stats), dlogp, dentropy, ctx.temperature, logits.dtype)
+        return gradient, None, None, None, None
 
 
 def row_stats(logits: Tensor, targets: Tensor, temperature: float) -> RowStats:

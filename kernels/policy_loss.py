@@ -103,7 +103,7 @@ def policy_loss(
         require_tensor("entropy", entropy, logp.shape, FLOATS, like=logp)
     if valid is not None:
         require_tensor("valid", valid, logp.shape, (torch.bool,), like=logp)
-    return implementation("policy_loss")(logp, entropy, advantages, old_logp, ref_logp, mask, valid, seq_ids, settings)
+    return implementation("policy_loss", logp)(logp, entropy, advantages, old_logp, ref_logp, mask, valid, seq_ids, settings)
 
 
 def check_policy(

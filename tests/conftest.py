@@ -1,6 +1,7 @@
-"""Settings shared by all tests: no network, one thread a process, the CPU accelerator of DeepSpeed where there is no GPU."""
+"""Settings shared by all tests: no network, one thread a process, Triton's interpreter where there is no GPU."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not shutil.which("nvidia-smi"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

@@ -1,6 +1,7 @@
 """The whole game with the bundled players: it plays, it stops anywhere, and it continues as if it had not."""
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -67,6 +68,14 @@ def test_game_plays_to_its_end_and_leaves_what_it_promises(unbroken):
         assert (run / name).stat().st_size > 0, name
     assert json.loads((run / "exit.json").read_text())["code"] == 0
     assert len(rows_of(unbroken)) == STEPS
+
+
+def test_the_attacker_trains_on_the_questions_whose_probes_differ_most(unbroken):
+    folder = unbroken / "run" / "curated" / "round_001"
+    attackable, promising = (json.loads((folder / name).read_text()) for name in ("attackable.json", "promising.json"))
+    assert len(set(promising)) == len(promising) == math.ceil(0.35 * len(attackable))
+    questions = [json.loads(line)["id"] for line in (unbroken / "run" / "data" / "train.jsonl").read_text().splitlines()[1:]]
+    assert set(promising) < {questions[i] for i in attackable}
 
 
 def test_rollout_and_trainer_agree_for_both_players(unbroken):

@@ -3,7 +3,7 @@
     python -m aot_fast.evaluation.audit_error --num 1000 --out audit_error.json
 
 Every edit is drawn by `render`, worn as a sampler would wear it, and passed through the bundled Attacker's codec. `validation` split only.
-Not measured, for nobody knows their truth: blobs and half-formed shapes of several colours, which the audit takes for doubtful.
+Not measured, for nobody knows their truth: half-formed shapes of several colours, which the audit takes for doubtful.
 """
 
 from __future__ import annotations
@@ -190,14 +190,14 @@ def through_codec(pictures: Sequence[Image.Image]) -> list[Image.Image]:
 Judged = tuple[Case, Audit]
 
 
-def figures(judged: Iterable[Judged]) -> dict[str, Share]:
-    """Recall and precision of both verdicts; the precisions hold for a half-and-half mix."""
-    judged = list(judged)
+def figures(judged: Iterable[Judged], verdict: str = "valid") -> dict[str, Share]:
+    """Recall and precision of `verdict` ("valid" or "likely") and of its opposite; the precisions hold for a half-and-half mix."""
+    told = [(case.edit.keeps, getattr(found, verdict)) for case, found in judged]
     return {
-        "broken_recall": share(not found.valid for case, found in judged if not case.edit.keeps),
-        "broken_precision": share(not case.edit.keeps for case, found in judged if not found.valid),
-        "still_true_recall": share(found.valid for case, found in judged if case.edit.keeps),
-        "still_true_precision": share(case.edit.keeps for case, found in judged if found.valid),
+        "broken_recall": share(not true for keeps, true in told if not keeps),
+        "broken_precision": share(not keeps for keeps, true in told if not true),
+        "still_true_recall": share(true for keeps, true in told if keeps),
+        "still_true_precision": share(keeps for keeps, true in told if true),
     }
 
 
@@ -209,8 +209,8 @@ def _by(judged: Sequence[Judged], key: Callable[[Case], str], measured: Callable
 def error_rates(judged: Sequence[Judged]) -> dict[str, Any]:
     """All figures with their Wilson intervals, and how often each kind of edit is given which attack type."""
 
-    def all_figures(part: list[Judged]) -> dict[str, Any]:
-        return {name: value.to_json() for name, value in figures(part).items()}
+    def all_figures(part: list[Judged], verdict: str = "valid") -> dict[str, Any]:
+        return {name: value.to_json() for name, value in figures(part, verdict).items()}
 
     def right(part: list[Judged]) -> dict[str, Any]:
         return share(found.valid == case.edit.keeps for case, found in part).to_json()
@@ -223,6 +223,7 @@ def error_rates(judged: Sequence[Judged]) -> dict[str, Any]:
 
     return {
         "all": all_figures([*judged]),
+        "best_reading": all_figures([*judged], "likely"),
         "by_question": _by(judged, lambda case: case.question.kind, all_figures),
         "by_wear": _by(judged, lambda case: case.wear, all_figures),
         "right_by_edit": _by(judged, edit_kind, right),

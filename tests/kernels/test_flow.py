@@ -5,11 +5,16 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import aot_fast.kernels as K
+from aot_fast.kernels import flow_kernels_triton, flow_step_triton, guidance_triton, philox_triton
 
 from . import oracle
 from .oracle import FP32, error
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 # name, sigma, sigma_next, eta, sigma_max: the first step (sigma 1), a middle one, a late one; every dynamics
 STEPS = (
@@ -29,6 +34,10 @@ DETERMINISTIC = (
     ("flow_sde", 0.1, 0.0, 1.0, None),
     ("cps", 0.1, 0.0, 0.7, None),
 )
+# cps_logp only means something for cps
+SCORED = [(*step, "published") for step in STEPS + DETERMINISTIC] + [
+    (*step, "gaussian") for step in STEPS + DETERMINISTIC if step[0] == "cps"
+]
 SHAPE = (3, 5, 8)
 
 
@@ -44,7 +53,7 @@ def test_coefficients_match_the_oracle(dynamics, s, s_next, eta, s_max):
     for value, exact in zip(got, oracle.coefficients(dynamics, s, s_next, eta, s_max)):
         assert value.dtype == torch.float64
         assert value.tolist() == pytest.approx([exact] * 2, rel=1e-14, abs=1e-15)
-    tensors = [torch.tensor([v, v], dtype=torch.float64) for v in (s, s_next, eta)]
+    tensors = [torch.tensor([v, v], dtype=torch.float64, device="cpu") for v in (s, s_next, eta)]
     again = K.flow_coefficients(*tensors[:2], dynamics=dynamics, eta=tensors[2], sigma_max=s_max, batch=2)
     assert all(torch.equal(a, b) for a, b in zip(got, again))
 
@@ -56,8 +65,7 @@ def test_eta_zero_and_the_last_step_are_the_ode():
             assert all(torch.equal(a, b) for a, b in zip(got, K.flow_coefficients(0.7, s_next, dynamics="ode", eta=1.0)))
 
 
-@pytest.mark.parametrize(("dynamics", "s", "s_next", "eta", "s_max"), STEPS + DETERMINISTIC)
-@pytest.mark.parametrize("cps_logp", ("published", "gaussian"))
+@pytest.mark.parametrize(("dynamics", "s", "s_next", "eta", "s_max", "cps_logp"), SCORED)
 @pytest.mark.parametrize("kl", ("exact", "flow_grpo"))
 @pytest.mark.parametrize("guidance", (None, (1.0, True), (4.0, True), (4.0, False)))
 def test_scores_and_gradients_match_the_oracle(dynamics, s, s_next, eta, s_max, cps_logp, kl, guidance):
@@ -105,9 +113,10 @@ def test_a_deterministic_step_ignores_noise_and_scores_zero(dynamics, s, s_next,
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("storage", (None, torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("case", STEPS)
-def test_replay_has_the_bits_of_the_rollout(dtype, storage, case):
+def test_replay_has_the_bits_of_the_rollout(dtype, storage, case, each_backend):
     dynamics, s, s_next, eta, s_max = case
-    data = latents(dtype, (3, 70, 64))  # 4,480 elements: more than a block of the fixed-order sum
+    # 4,480 elements: more than a block of the fixed-order sum; 1,088: more than a tile of Triton's, whose interpreter is slow
+    data = latents(dtype, (3, 70, 64) if each_backend != "triton" else (3, 17, 64))
     options = {"dynamics": dynamics, "eta": eta, "sigma_max": s_max, "v_uncond": data["v_uncond"], "guidance": 3.0}
     step = K.flow_step(data["x"], data["v"], s, s_next, seeds=torch.tensor([5, -7, 2**60]), storage_dtype=storage, **options)
     assert step.x_next.dtype == (storage or dtype)
@@ -122,7 +131,8 @@ def test_replay_has_the_bits_of_the_rollout(dtype, storage, case):
     assert (same.kl == 0).all() and (same.drift == 0).all()
 
 
-@pytest.mark.parametrize("shape", ((6, 3, 7), (6, 65, 64), (6, 200, 64)))  # below a block, just above one, four blocks
+# below a block, just above one, three blocks; one tile with padding, five tiles, two strips of Triton's
+@pytest.mark.parametrize("shape", ((6, 3, 7), (6, 65, 64), (6, 130, 64)))
 def test_a_sample_has_the_same_bits_alone_in_a_batch_permuted_and_on_any_thread_count(shape):
     data = latents(shape=shape)
     sigma, sigma_next = torch.linspace(1.0, 0.5, 6), torch.linspace(0.9, 0.3, 6)
@@ -135,6 +145,7 @@ def test_a_sample_has_the_same_bits_alone_in_a_batch_permuted_and_on_any_thread_
         scalars = sigma[index], sigma_next[index]
         step = K.flow_step(some["x"], v, *scalars, seeds=seeds[index], **options)
         out = K.flow_logp(some["x"], v, step.x_next, *scalars, v_ref=some["v_ref"], v_old=some["v_old"], **options)
+        assert torch.equal(step.logp, out.logp)
         gradients = torch.autograd.grad(out.logp.sum() + out.kl.sum() + out.drift.sum(), (v, u))
         parts = (step.x_next, step.logp, out.logp, out.kl, out.drift, *gradients)
         return torch.cat([p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in parts], dim=1)
@@ -151,20 +162,152 @@ def test_a_sample_has_the_same_bits_alone_in_a_batch_permuted_and_on_any_thread_
         torch.set_num_threads(threads)
 
 
-def test_noise_from_seeds_equals_stored_noise():
-    data = latents()
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))  # a thread holds 4 neighbouring elements, or 8
+def test_noise_from_seeds_equals_stored_noise(dtype, each_backend):
+    data = latents(dtype)
     seeds = torch.tensor([1, 2, 3])
-    stored = K.philox_normal(seeds, 40).view(SHAPE)
+    reference = K.philox_normal(seeds, 40)
+    normals = reference if each_backend == "reference" else philox_triton.philox_normal_triton(seeds, 40)
+    assert (normals - reference).abs().max() <= 1e-6
     drawn = K.flow_step(data["x"], data["v"], 0.7, 0.6, eta=1.0, seeds=seeds)
-    given = K.flow_step(data["x"], data["v"], 0.7, 0.6, eta=1.0, noise=stored)
+    given = K.flow_step(data["x"], data["v"], 0.7, 0.6, eta=1.0, noise=normals.view(SHAPE))
     assert torch.equal(drawn.x_next, given.x_next) and torch.equal(drawn.logp, given.logp)
 
 
-def test_the_log_probability_belongs_to_the_stored_latent():
-    data = latents(torch.bfloat16)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_the_log_probability_belongs_to_the_stored_latent(dtype, each_backend):
+    if each_backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates to bf16")
+    data = latents(dtype)
     step = K.flow_step(data["x"], data["v"], 0.7, 0.6, eta=1.0, noise=data["noise"])
     unrounded = K.flow_step(data["x"], data["v"], 0.7, 0.6, eta=1.0, noise=data["noise"], storage_dtype=torch.float32)
-    assert torch.equal(step.x_next, unrounded.x_next.bfloat16()) and not torch.equal(step.logp, unrounded.logp)
+    assert torch.equal(step.x_next, unrounded.x_next.to(dtype)) and not torch.equal(step.logp, unrounded.logp)
+    wide = K.flow_step(data["x"], data["v"], 0.7, 0.6, eta=1.0, noise=data["noise"], storage_dtype=torch.float64)
+    assert torch.equal(wide.x_next, unrounded.x_next.double()) and torch.equal(wide.logp, unrounded.logp)
+
+
+def test_any_layout_of_latents_and_of_upstream_gradients():
+    generator = torch.Generator().manual_seed(3)
+    chain, velocities = (torch.randn(3, 2, 5, 8, generator=generator) for _ in range(2))  # B, steps, tokens, channels
+    options = {"dynamics": "flow_sde", "eta": 0.8, "v_old": velocities[:1, 1].expand(3, 5, 8)}
+    plain = [t.contiguous() for t in (chain[:, 0], velocities[:, 0], chain[:, 1])]
+    weights = torch.randn(3, 1, generator=generator)
+    results = []
+    for x, v, x_next in ((chain[:, 0], velocities[:, 0], chain[:, 1]), plain, [t.mT.contiguous().mT for t in plain]):
+        v = v.detach().requires_grad_()
+        out = K.flow_logp(x, v, x_next, 0.7, 0.6, **options)
+        for use in (out.logp.mean() + out.drift.sum(), (out.drift[:, None] * weights.expand(3, 4)).sum(), -2 * out.logp @ weights[:, 0]):
+            (gradient,) = torch.autograd.grad(use, v, retain_graph=True)
+            assert torch.equal(torch.autograd.grad(use, v, retain_graph=True)[0], gradient)
+            results.append((out.logp, gradient))
+    for k in range(3):
+        assert all(torch.equal(a, b) for other in (k + 3, k + 6) for a, b in zip(results[k], results[other]))
+    (once,) = torch.autograd.grad(K.flow_logp(plain[0], v, plain[2], 0.7, 0.6, **options).logp.sum(), v)
+    torch.testing.assert_close(results[2][1], -2 * weights[:, :, None] * once)
+
+
+@pytest.mark.parametrize("shape", ((1, 1, 1), (2, 3, 1), (1, 1, 3000), (2, 0, 4)))  # one number; one channel; more than a tile; none
+def test_degenerate_shapes(shape):
+    data = latents(shape=shape)
+    v, u = data["v"].requires_grad_(), data["v_uncond"].requires_grad_()
+    options = {"eta": 1.0, "v_uncond": u, "guidance": 3.0, "dynamics": "flow_sde"}
+    step = K.flow_step(data["x"], v, 0.7, 0.6, seeds=torch.arange(shape[0]), **options)
+    out = K.flow_logp(data["x"], v, step.x_next, 0.7, 0.6, v_ref=data["v_ref"], **options)
+    gradients = torch.autograd.grad(out.logp.sum() + out.kl.sum(), (v, u))
+    exact = [oracle.leaf(t) for t in (v, u)]
+    coefficients = oracle.coefficients("flow_sde", 0.7, 0.6, 1.0, None)
+    total = sum(t.sum() for t in exact)
+    for i in range(shape[0] if v.numel() else 0):
+        velocity = oracle.guided(exact[0][i], exact[1][i], 3.0, True)
+        rows = (data["x"][i].double(), velocity, step.x_next[i].double(), coefficients, False, False)
+        logp, kl, _ = oracle.flow_score(*rows, data["v_ref"][i].double())
+        assert out.logp[i].item() == pytest.approx(logp.item(), rel=FP32, abs=FP32)
+        total = total + logp + kl
+    for mine, truth in zip(gradients, torch.autograd.grad(total, exact)):
+        assert (mine - (truth - 1)).norm() <= FP32 * (truth - 1).norm() + 1e-6
+
+
+def test_only_the_velocity_that_asks_gets_a_gradient():
+    data = latents()
+    for asks, other in (("v", "v_uncond"), ("v_uncond", "v")):
+        leaf = data[asks].clone().requires_grad_()
+        velocities = {asks: leaf, other: data[other]}
+        out = K.flow_logp(
+            data["x"], velocities["v"], data["noise"], 0.7, 0.6, dynamics="dance", eta=0.5, v_uncond=velocities["v_uncond"], guidance=2.0
+        )
+        assert torch.autograd.grad(out.logp.sum(), leaf)[0].abs().sum() > 0
+
+
+def test_custom_operators_pass_opcheck(each_backend):
+    if each_backend == "reference":
+        pytest.skip("the reference is plain torch")
+    x, v, u, r = torch.randn(4, 2, 3, 8)
+    step = list(K.flow_coefficients(0.7, 0.6, dynamics="flow_sde", eta=0.7, batch=2))
+    step = [c.to(x.device) for c in step]
+    calls = (
+        (flow_step_triton._flow_step, (x, v, u, None, torch.tensor([3, 4]), step, 3.0, True, False, torch.bfloat16)),
+        (flow_step_triton._flow_logp, (x, v, None, x, r, None, step, 3.0, False, False, True)),
+        (
+            flow_step_triton._flow_logp_gradient,
+            (x, v, u, x, r, r, step, torch.ones(2), None, torch.ones(1).expand(2), 3.0, True, False, True),
+        ),
+        (guidance_triton._guided, (v, u, 2.0, True)),
+        (guidance_triton._guided_gradient, (v, u, r, 2.0, True)),
+    )
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments)
+
+
+def test_the_operators_trace_whole(each_backend):
+    if each_backend == "reference":
+        pytest.skip("the reference is plain torch")
+    data = latents()
+    step = K.flow_coefficients(0.7, 0.6, dynamics="flow_sde", eta=0.7, batch=3)
+    step = K.FlowCoefficients(*(c.to(data["x"].device) for c in step))
+    guide = flow_step_triton.Guidance(data["v_uncond"], 3.0, True)
+
+    def run(v):
+        rollout = flow_step_triton.flow_step_triton(data["x"], v, guide, step, None, torch.arange(3), False, torch.float32)
+        out = flow_step_triton.flow_logp_triton(data["x"], v, guide, rollout.x_next, step, data["v_ref"], None, False, False)
+        return rollout.x_next, rollout.logp, out.logp, out.kl
+
+    v = data["v"].requires_grad_()
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        outputs = function(v)
+        results.append((*outputs, *torch.autograd.grad(outputs[2].sum() + outputs[3].sum(), v)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@triton.jit
+def as_fp32_kernel(values, out):
+    index = tl.program_id(0)
+    tl.store(out + index, flow_kernels_triton.as_fp32(values, index))
+
+
+def test_kernels_read_fp64_scalars_as_fp32(each_backend):
+    if each_backend == "reference":
+        pytest.skip("the reference computes in fp64")
+    tie = 1 + 2.0**-24
+    values = [
+        0.0,
+        -0.0,
+        1.0,
+        -math.pi,
+        tie,
+        tie + 2.0**-40,
+        1 + 3 * 2.0**-24,
+        3.5e38,
+        3.4028235677973366e38,
+        1.2e-38,
+        1e-300,
+        math.inf,
+        -math.inf,
+    ]
+    values = torch.tensor([*values, math.nan], dtype=torch.float64)
+    out = torch.empty(len(values))
+    as_fp32_kernel[(len(values),)](values.view(torch.int64), out)
+    torch.testing.assert_close(out, values.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_per_sample_scalars_and_mixed_rows():
@@ -218,7 +361,7 @@ def test_errors_name_what_was_given_and_what_was_expected():
 
     cases = (
         (step(1.0, 0.9), "sigma_max: given None, expected the schedule's second sigma"),
-        (step(torch.tensor([1.0, 0.8, 0.8]), 0.5), "sigma_max: given None"),
+        (step(torch.tensor([1.0, 0.8, 0.8], device="cpu"), 0.5), "sigma_max: given None"),
         (step(1.0, 0.9, sigma_max=1.0), r"sigma_max: given \[1.0, 1.0, 1.0\]"),
         (step(0.6, 0.7), r"sigma_next: given \[0.7, 0.7, 0.7\], expected values in \[0, sigma\]"),
         (step(1.2, 0.7), r"sigma: given \[1.2, 1.2, 1.2\], expected values in \(0, 1\]"),

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import aot_fast.kernels as K
+from aot_fast.kernels import flow_policy_loss_triton
 
 from . import oracle
 from .oracle import FP32, error
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 CLIP = {"grpo": 1e-2, "guard": 1e-3, "dppo": None}
 GRID = list(itertools.product(("grpo", "guard", "dppo"), (0.0, 0.04)))
@@ -139,6 +142,56 @@ def test_a_deterministic_sample_of_a_guarded_batch_has_ratio_one():
     std = torch.tensor([0.5, 0.0])
     out = K.flow_policy_loss(torch.zeros(2), torch.zeros(2), ones, clip=2e-6, variant="guard", drift=ones, std=std, dt=-0.1)
     assert torch.isfinite(out.loss) and out.metrics["max/ratio_deviation"].item() == pytest.approx(math.exp(1) - 1, rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", ("grpo", "guard", "dppo"))
+def test_many_samples_in_any_layout(variant):
+    data = batch(1100)  # more than two steps of a kernel
+    shared = {"std": torch.tensor(0.3), "dt": torch.tensor(-0.1, dtype=torch.float64)}
+    apart = {k: torch.stack([t, t], dim=1)[:, 0] for k, t in data.items() if k not in shared}
+    plain = data | {k: t.float().expand(1100).clone() for k, t in shared.items()}
+    options = {"clip": CLIP[variant], "variant": variant, "beta": 0.02}
+    results = []
+    for fields, count in ((apart | shared, torch.tensor(900)), (plain, 900.0)):
+        leaf = fields["logp"].detach().requires_grad_()
+        out = K.flow_policy_loss(**(fields | {"logp": leaf}), count=count, **options)
+        results.append((out.loss, torch.autograd.grad(out.loss, leaf)[0], *out.metrics.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    rest = [data[name].double() for name in ("old_logp", "advantages")]
+    exact = oracle.leaf(data["logp"])
+    more = {name: plain[name].double() for name in ("kl", "drift", "std", "dt")} | {"beta": 0.02, "count": 900.0}
+    value, _ = oracle.flow_policy_loss(exact, *rest, data["mask"].tolist(), CLIP[variant], variant, **more)
+    assert error(results[0][0], value) <= FP32
+    assert error(results[0][1], torch.autograd.grad(value, exact)[0]) <= FP32
+
+
+def test_half_precision_inputs_and_no_samples():
+    data = {k: t if k == "mask" else t.bfloat16() for k, t in batch().items()}
+    leaf = data["logp"].requires_grad_()
+    out = K.flow_policy_loss(**data, clip=1e-2)
+    wide = K.flow_policy_loss(**{k: t.detach() if k == "mask" else t.detach().float() for k, t in data.items()}, clip=1e-2)
+    assert out.loss.dtype == torch.float32 and error(out.loss, wide.loss) <= FP32
+    assert torch.autograd.grad(out.loss, leaf)[0].dtype == torch.bfloat16
+    none = torch.zeros(0, requires_grad=True)
+    out = K.flow_policy_loss(none, none, none, clip=1e-2)
+    assert out.loss == 0 and torch.autograd.grad(out.loss, none)[0].shape == (0,) and out.metrics["count/samples"] == 0
+
+
+def test_a_nan_that_is_not_masked_shows():
+    data = batch()
+    data["logp"][data["mask"].nonzero()[0]] = math.nan
+    out = K.flow_policy_loss(**data, clip=1e-2)
+    assert out.loss.isnan() and out.metrics["sum/ratio"].isnan() and out.metrics["max/ratio_deviation"].isnan()
+
+
+def test_the_custom_operator_passes_opcheck(each_backend):
+    if each_backend == "reference":
+        pytest.skip("the reference is plain torch")
+    data = batch()
+    fields = [data[name] for name in ("logp", "old_logp", "advantages", "kl", "drift", "std", "dt", "mask")]
+    for variant, number, fixed in (("guard", None, None), ("dppo", torch.tensor(9), None), ("grpo", None, 9.0)):
+        arguments = (*fields, number, fixed, 1e-2, 0.1, 1e-5, 5.0, variant)
+        torch.library.opcheck(flow_policy_loss_triton._flow_policy_loss, arguments)
 
 
 def test_errors_name_what_was_given_and_what_was_expected():

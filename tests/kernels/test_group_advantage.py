@@ -11,6 +11,8 @@ import aot_fast.kernels as K
 
 from . import oracle
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 @settings(max_examples=60, deadline=None)
 @given(
@@ -58,6 +60,62 @@ def test_ddof_and_eps_and_the_batch_deviation():
     assert K.group_advantage(rewards, [2, 2], std="none").values.tolist() == [-0.5, 0.5, -1.5, 1.5]
 
 
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.sampled_from((0, 1, 2, 31, 32, 33, 70)), min_size=1, max_size=4),  # around one tile of a group, and three tiles
+    std=st.sampled_from(("group", "batch", "none")),
+    offset=st.sampled_from((0.0, 1e4)),
+    holes=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_large_groups_match_the_reference(sizes, std, offset, holes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = offset + torch.randn(sum(sizes), generator=generator)
+    if holes:
+        rewards[::5] = math.nan
+    out = K.group_advantage(rewards, sizes, std=std)
+    with K.backend("reference"):
+        expected = K.group_advantage(rewards, sizes, std=std)
+    torch.testing.assert_close(out.values, expected.values, rtol=2**-23, atol=1e-12)
+    assert torch.equal(out.degenerate, expected.degenerate) and out.num_nonfinite == expected.num_nonfinite
+
+
+def test_more_groups_than_a_block_match_the_reference():
+    sizes = [1] * 258 + [40, 0, 3]  # more groups, and more rewards, than the 256 that one program surveys
+    rewards = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0))
+    rewards[:3] = math.inf
+    out = K.group_advantage(rewards, sizes, std="batch")
+    with K.backend("reference"):
+        expected = K.group_advantage(rewards, sizes, std="batch")
+    torch.testing.assert_close(out.values, expected.values, rtol=2**-23, atol=1e-12)
+    assert torch.equal(out.degenerate, expected.degenerate) and out.num_nonfinite == 3
+
+
+@pytest.mark.parametrize("std", ("group", "batch", "none"))
+def test_two_runs_have_the_same_bits(std):
+    rewards = 1e3 + torch.randn(70, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(*(K.group_advantage(rewards, [40, 9, 21], std=std) for _ in range(2))))
+
+
+def test_strided_rewards_and_expanded_sizes():
+    rewards = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([4]).expand(3)
+    out = K.group_advantage(rewards[::2], sizes)
+    assert torch.equal(out.values, K.group_advantage(rewards[::2].contiguous(), [4, 4, 4]).values)
+
+
+@pytest.mark.parametrize("std", ("group", "batch"))
+def test_the_triton_operator_is_registered_correctly(each_backend, std):
+    if each_backend == "reference":
+        pytest.skip("about the Triton operator")
+    from aot_fast.kernels import group_advantage_triton as triton_module
+
+    rewards, sizes = torch.randn(5), torch.tensor([3, 2])
+    torch.library.opcheck(triton_module._group_advantage, (rewards, sizes, 1e-6, std, 1))
+    compiled = torch.compile(triton_module.group_advantage_triton, fullgraph=True, backend="aot_eager")(rewards, sizes, 1e-6, std, 1)
+    assert torch.equal(compiled.values, triton_module.group_advantage_triton(rewards, sizes, 1e-6, std, 1).values)
+
+
 def test_no_rewards():
     assert K.group_advantage(torch.zeros(0), []).values.shape == (0,)
 
@@ -65,7 +123,10 @@ def test_no_rewards():
 def test_errors_name_what_was_given_and_what_was_expected():
     rewards = torch.zeros(4)
     cases = (
-        (lambda: K.group_advantage(rewards, [2, 3]), r"group_sizes: given \[2, 3\], expected sizes that add up to 4"),
+        (
+            lambda: K.group_advantage(rewards, torch.tensor([2, 3], device="cpu")),  # sizes on a GPU are not read
+            r"group_sizes: given \[2, 3\], expected sizes that add up to 4",
+        ),
         (lambda: K.group_advantage(rewards, [2, 2], std="mean"), "std: given 'mean', expected one of"),
         (lambda: K.group_advantage(rewards, [2, 2], ddof=2), "ddof: given 2, expected 0 or 1"),
         (lambda: K.group_advantage(rewards.long(), [4]), "rewards: given torch.int64"),

@@ -11,6 +11,8 @@ import aot_fast.kernels as K
 from . import oracle
 from .oracle import BF16, FP32, error
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 module = importlib.import_module("aot_fast.kernels.linear_policy_loss")  # the package's attribute of that name is the function
 
 LENGTHS = (9, 1, 14, 6, 10)

@@ -10,6 +10,8 @@ import aot_fast.kernels as K
 from . import oracle
 from .oracle import BF16, FP32, error
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 # 1 and 2: degenerate; 17: below any vector; 4,097: one over a block of the fixed-order sum; 9,001: odd, three blocks
 VOCABULARIES = (1, 2, 17, 4097, 9001)
 
@@ -101,7 +103,9 @@ def test_upstream_gradients_of_any_layout():
 
 
 @pytest.mark.parametrize("num_rows", (0, 1, 65_536, 65_537))  # empty, one, and the two sides of a grid limit
-def test_row_counts(num_rows):
+def test_row_counts(num_rows, each_backend):
+    if each_backend == "triton" and num_rows > 1:
+        pytest.skip("65,536 interpreted programs take two minutes; rows are the grid's first axis, whose limit is 2^31 - 1")
     logits, targets, _ = rows(num_rows, 3)
     logits.requires_grad_()
     out = K.logprob(logits, targets)
@@ -224,3 +228,58 @@ def test_errors_name_what_was_given_and_what_was_expected():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def triton_passes():
+    return pytest.importorskip("aot_fast.kernels.logprob_triton")
+
+
+def stats_and_upstream(num_rows, vocabulary):
+    logits, targets, generator = rows(num_rows, vocabulary)
+    targets[0] = -100
+    logits[1] = math.nan  # without upstream gradient
+    dlogp, dentropy = torch.randn(2, num_rows, generator=generator)
+    dlogp[1] = dentropy[1] = 0
+    return logits, targets, dlogp, dentropy
+
+
+@pytest.mark.parametrize("vocabulary", (17, 4096, 9001))  # below a tile, the last of the small tiles, two and a bit of the large ones
+@pytest.mark.parametrize("with_entropy", (False, True))
+def test_the_gradient_in_the_logits_own_memory_is_the_same(vocabulary, with_entropy, each_backend):
+    if each_backend == "reference":
+        pytest.skip("the reference has a buffer of its own")
+    passes = triton_passes()
+    logits, targets, dlogp, dentropy = stats_and_upstream(5, vocabulary)
+    bonus = dentropy if with_entropy else None
+    stats = passes.row_stats(logits, targets, 0.7)
+    dtype = torch.bfloat16 if each_backend == "cuda" else torch.float16  # the interpreter truncates bf16
+    apart = passes.logit_gradient(logits, targets, stats, dlogp, bonus, 0.7, dtype)
+    memory = logits.data_ptr()
+    inside = passes.consumed_gradient(logits, targets, stats, dlogp, bonus, 0.7, dtype)
+    assert inside.data_ptr() == memory and torch.equal(inside, apart) and (inside[:2] == 0).all()
+
+
+def test_registered_operators_keep_their_promises(each_backend):
+    if each_backend == "reference":
+        pytest.skip("plain torch")
+    passes = triton_passes()
+    logits, targets, generator = rows(3, 33)
+    dlogp, dentropy = torch.randn(2, 3, generator=generator)
+    stats = passes.row_stats(logits, targets, 1.0)
+    torch.library.opcheck(torch.ops.aot_fast.row_stats.default, (logits, targets, 1.0))
+    torch.library.opcheck(torch.ops.aot_fast.logit_gradient.default, (logits, targets, *stats, dlogp, dentropy, 1.0, logits.dtype))
+    torch.library.opcheck(torch.ops.aot_fast.logit_gradient_in_place.default, (logits, targets, *stats, dlogp, None, 1.0, torch.float16))
+
+
+def test_compiled_is_the_same(each_backend):
+    if each_backend != "cuda":
+        pytest.skip("the compiler's CPU backend needs a C++ compiler")
+    logits, targets, _ = rows(7, 9001)
+    logits.requires_grad_()
+
+    def value(z):
+        out = K.logprob(z, targets, temperature=0.9)
+        return out.logp.sum() + 0.1 * out.entropy.sum()
+
+    plain = torch.autograd.grad(value(logits), logits)[0]
+    assert torch.equal(torch.autograd.grad(torch.compile(value, fullgraph=True)(logits), logits)[0], plain)

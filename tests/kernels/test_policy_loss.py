@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from aot_fast.kernels.metrics import masked_max
+from aot_fast.kernels.policy_loss import PolicySettings, loss_and_gradients, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,8 @@ import aot_fast.kernels as K
 
 from . import oracle
 from .oracle import FP32, error
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 GRID = list(itertools.product(("ppo", "gspo", "cispo"), ("token", "seq_mean", "seq_sum_norm"), ("k1", "k2", "k3"), (None, 3.0)))
 
@@ -209,6 +212,182 @@ def test_micro_batches_of_unequal_length_equal_one_batch(lengths, cut, loss, agg
     # Without the global number the local one is used.
     local = {k: v for k, v in options.items() if not k.startswith("num_")}
     assert error(K.policy_loss(logp, **fields, **local).loss, whole.loss) <= FP32 or abs(whole.loss) < 1e-6
+
+
+def compare_with_reference(leaves, fields, options, scale=1.0):
+    """Loss, gradients and metrics of the backend in force against the reference in fp64; scale: of what the loss sums up."""
+    out = K.policy_loss(leaves[0], **fields, entropy=leaves[1], **options)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    wide = {k: v.double() if v is not None and v.is_floating_point() else v for k, v in fields.items()}
+    expected = K.policy_loss(exact[0], **wide, entropy=exact[1], **options)  # fp64 goes to the reference
+    assert abs(out.loss.item() - expected.loss.item()) <= FP32 * scale
+    for a, b in zip(torch.autograd.grad(out.loss, leaves), torch.autograd.grad(expected.loss, exact)):
+        torch.testing.assert_close(a.double(), b, rtol=FP32, atol=FP32 * (b.abs().max().item() if len(b) else 1.0))
+    assert out.metrics.keys() == expected.metrics.keys()
+    for name, value in expected.metrics.items():
+        torch.testing.assert_close(out.metrics[name], value, rtol=FP32, atol=FP32 * len(exact[0]), msg=lambda m, name=name: f"{name}: {m}")
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.sampled_from((1, 2, 60, 128, 150)), min_size=1, max_size=4),  # around the 128 tokens of a block
+    masked=st.sampled_from(("nothing", "some", "head", "everything")),
+    with_valid=st.booleans(),
+    loss=st.sampled_from(("ppo", "gspo", "cispo")),
+    agg=st.sampled_from(("token", "seq_mean", "seq_sum_norm")),
+    kl=st.sampled_from(("k1", "k2", "k3")),
+    seed=st.integers(0, 99),
+)
+def test_ragged_sequences_over_many_blocks_match_the_reference(lengths, masked, with_valid, loss, agg, kl, seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    logp = torch.randn(n, generator=generator).requires_grad_()
+    entropy = torch.rand(n, generator=generator).requires_grad_()
+    log_ratio = 0.3 * torch.randn(n, generator=generator)
+    log_ratio[::5] = 0.0
+    advantages = torch.randn(n, generator=generator)
+    advantages[::7] = 0.0
+    mask = torch.ones(n, dtype=torch.bool)
+    if masked == "some":
+        mask = torch.rand(n, generator=generator) > 0.4
+    elif masked == "head":  # the first live token comes blocks after its sequence starts
+        mask[: 2 * n // 3] = False
+    elif masked == "everything":
+        mask[:] = False
+    fields = {
+        "advantages": advantages,
+        "old_logp": logp.detach() - log_ratio,
+        "ref_logp": logp.detach() + 0.3 * torch.randn(n, generator=generator),
+        "mask": None if masked == "nothing" else mask,
+        "valid": torch.rand(n, generator=generator) > 0.1 if with_valid else None,
+        "seq_ids": torch.repeat_interleave(torch.tensor([-9, 3, 2**40, 2**41])[: len(lengths)], torch.tensor(lengths)),
+    }
+    options = {"loss": loss, "agg": agg, "kl": kl, "beta": 0.2, "max_length": 150, "entropy_coef": 0.05}
+    compare_with_reference((logp, entropy), fields, options)
+
+
+def test_a_sequence_whose_tokens_are_blocks_apart_counts_once():
+    mask = torch.zeros(1000, dtype=torch.bool)
+    mask[torch.tensor([3, 390, 700, 990])] = True
+    ids = (torch.arange(1000) >= 600).long()
+    out = K.policy_loss(torch.zeros(1000), torch.ones(1000), mask=mask, seq_ids=ids, agg="seq_sum_norm", max_length=1)
+    assert out.loss.item() == -4 / 2
+
+
+@pytest.mark.parametrize("loss", ("ppo", "gspo"))
+@pytest.mark.parametrize("clip", (0.0, 0.2))
+def test_ratios_of_exactly_one_send_the_gradient_of_autograd(loss, clip):
+    # At clip 0 a ratio of one is both ends of the clip range.
+    logp, entropy = torch.full((6,), -1.0, requires_grad=True), torch.ones(6, requires_grad=True)
+    fields = {
+        "advantages": torch.tensor([1.0, -1.0, 0.0] * 2),
+        "old_logp": torch.tensor([-1.0, -1.0, -1.0, -1.1, -0.9, -1.1]),
+        "seq_ids": torch.tensor([0, 0, 0, 1, 1, 1]),
+    }
+    compare_with_reference((logp, entropy), fields, {"loss": loss, "clip_low": clip, "clip_high": clip, "entropy_coef": 0.1})
+
+
+@pytest.mark.parametrize("kind", (float, torch.int64, torch.float64))
+def test_the_normaliser_may_be_a_number_or_a_tensor_and_options_may_be_fp64(kind):
+    data = batch()
+    plain = K.policy_loss(**data, beta=0.1, num_tokens=17.0)
+    number = 17.0 if kind is float else torch.tensor(17, dtype=kind)
+    wide = {k: data[k].double() for k in ("advantages", "old_logp", "ref_logp")}
+    out = K.policy_loss(**(data | wide), beta=0.1, num_tokens=number)
+    assert out.loss.dtype == torch.float32 and torch.equal(out.loss, plain.loss)
+
+
+def test_expanded_and_strided_inputs():
+    data = batch()
+    n = len(data["logp"])
+    wide = {k: torch.stack([v, v], dim=1)[:, 0] for k, v in data.items()} | {"advantages": torch.full((1,), 0.7).expand(n)}
+    leaf, tidy = wide["logp"].detach().requires_grad_(), data["logp"].clone().requires_grad_()
+    out = K.policy_loss(leaf, **{k: v for k, v in wide.items() if k != "logp"})
+    expected = K.policy_loss(tidy, **{k: v for k, v in data.items() if k not in ("logp", "advantages")}, advantages=torch.full((n,), 0.7))
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(*(torch.autograd.grad(o.loss, x)[0] for o, x in ((out, leaf), (expected, tidy))))
+
+
+@pytest.mark.parametrize("loss", ("ppo", "gspo"))
+def test_two_runs_have_the_same_bits(loss):
+    runs = []
+    for _ in range(2):
+        data = batch()
+        leaf = data["logp"].requires_grad_()
+        out = K.policy_loss(**data, loss=loss, agg="seq_mean", beta=0.1)
+        runs.append((out.loss, *torch.autograd.grad(out.loss, leaf), *out.metrics.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("q", (1e-5, -1e-5, 1e-2, -1e-2, 0.999, -0.999, 1.001, -1.001, 5.0, -5.0))  # series, its ends, beyond
+def test_k3_does_not_cancel_near_zero(each_backend, q):
+    if each_backend == "reference":
+        pytest.skip("the reference subtracts in fp32")
+    ref = torch.full((1,), q)
+    leaf = torch.zeros(1, requires_grad=True)
+    out = K.policy_loss(leaf, torch.zeros(1), old_logp=-ref, ref_logp=ref, beta=1.0)
+    exact = math.expm1(ref.item())
+    k3 = ref.item() ** 2 * sum(ref.item() ** k / math.factorial(k + 2) for k in range(60))
+    assert out.metrics["sum/kl_k3"].item() == pytest.approx(k3, rel=2e-6) and out.loss.item() == pytest.approx(k3, rel=2e-6)
+    assert torch.autograd.grad(out.loss, leaf)[0].item() == pytest.approx(-exact, rel=2e-6)
+
+
+def test_a_nan_that_is_not_masked_is_seen_in_the_loss():
+    data = batch()
+    data["logp"][int(data["mask"].nonzero()[0])] = math.nan
+    for loss in ("ppo", "gspo", "cispo"):
+        assert torch.isnan(K.policy_loss(**data, loss=loss).loss)
+        assert torch.isnan(K.policy_loss(**(data | {"old_logp": None}), loss=loss).loss)
+
+
+@pytest.mark.parametrize("loss", ("ppo", "gspo", "cispo"))
+@pytest.mark.parametrize("entropy_coef", (0.0, 0.1))
+def test_loss_and_gradients_of_a_chunk_match_the_reference(each_backend, loss, entropy_coef):
+    if each_backend == "reference":
+        pytest.skip("about the Triton operator")
+    from aot_fast.kernels.policy_loss_triton import loss_and_gradients_triton
+
+    data = batch()
+    s = PolicySettings(loss, 0.2, 0.28, 3.0, 0.1, "k3", "seq_mean", None, None, None, entropy_coef)
+    tokens = token_batch(s, torch.float32, *(data[k] for k in ("advantages", "old_logp", "ref_logp", "mask", "seq_ids"))).rows(
+        slice(10, 40)
+    )
+    rows = data["logp"][10:], torch.rand(30)
+    actual, expected = (run(*rows, tokens, s) for run in (loss_and_gradients_triton, loss_and_gradients))
+    for a, b in zip(actual[:3], expected[:3]):
+        assert (a is None and b is None) or error(a, b) <= FP32
+    assert actual[3].keys() == expected[3].keys()
+    for name, value in expected[3].items():
+        torch.testing.assert_close(actual[3][name], value.float(), rtol=FP32, atol=FP32)
+
+
+@pytest.mark.parametrize("agg", ("token", "seq_mean", "seq_sum_norm"))
+def test_the_triton_operator_is_registered_correctly(each_backend, agg):
+    if each_backend == "reference":
+        pytest.skip("about the Triton operator")
+    from aot_fast.kernels import policy_loss_triton as triton_module
+
+    data = batch()
+    fields = [data[k] for k in ("advantages", "old_logp", "ref_logp", "mask")] + [None, data["seq_ids"], None, None, None, 16.0]
+    loss = "gspo" if agg == "token" else "ppo"
+    entropy = torch.rand(40)
+    torch.library.opcheck(triton_module._forward, (data["logp"], entropy, *fields, loss, "k3", agg, 0.8, 1.28, None, 0.1, 0.2))
+    ups = torch.tensor(0.5), torch.tensor(3.0)
+    torch.library.opcheck(triton_module._backward, (data["logp"], entropy, *ups, torch.float32, torch.float32))
+
+
+def test_the_triton_operator_traces_without_a_graph_break(each_backend):
+    if each_backend == "reference":
+        pytest.skip("about the Triton operator")
+    from aot_fast.kernels.policy_loss_triton import policy_loss_triton
+
+    s = PolicySettings("ppo", 0.2, 0.28, 3.0, 0.1, "k3", "token", None, None, None, 0.1)
+    data, results = batch(), []
+    for run in (policy_loss_triton, torch.compile(policy_loss_triton, fullgraph=True, backend="aot_eager")):
+        leaves = data["logp"].clone().requires_grad_(), torch.ones(40).requires_grad_()
+        out = run(*leaves, data["advantages"], data["old_logp"], data["ref_logp"], data["mask"], None, None, s)
+        results.append((out.loss, *torch.autograd.grad(out.loss * 3, leaves), *out.metrics.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_half_precision_logp_is_computed_in_fp32():

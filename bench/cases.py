@@ -1,0 +1,326 @@
+"""What is measured: every operator at sizes that matter, ours against eager torch, torch.compile and the peers that are installed.
+
+A case makes its inputs once; a provider is a function of them that returns the tensors which must agree between providers. Shapes: N rows,
+V vocabulary, H hidden, B samples, n elements of a sample.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import aot_fast.kernels as K
+
+Provider = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator at one size."""
+
+    name: str
+    inputs: Callable[[str], dict[str, Tensor]]
+    """device -> tensors."""
+    providers: dict[str, Provider]
+    """The first is the operator under test."""
+    floor_bytes: int = 0
+    """Least traffic to device memory."""
+    floor_flops: float = 0.0
+    """Least matrix operations."""
+    exact: Provider | None = None
+    """The same in fp64, where that is affordable; otherwise the first provider is compared with `eager`."""
+    tolerance: float = 2e-2
+    """Norm-relative error allowed to every provider; above it no speed is reported. bf16 outputs round at 2^-9."""
+    compiled: tuple[str, ...] = field(default=("eager",))
+    """Providers that are measured under torch.compile as well."""
+
+
+def _random(device: str, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+# logprob
+
+
+def _logit_inputs(num_rows: int, vocabulary: int, dtype: torch.dtype) -> Callable[[str], dict[str, Tensor]]:
+    def make(device: str) -> dict[str, Tensor]:
+        g = _random(device, 0)
+        logits = (3 * torch.randn(num_rows, vocabulary, device=device, generator=g, dtype=torch.float32)).to(dtype)
+        return {
+            "logits": logits.requires_grad_(),
+            "targets": torch.randint(0, vocabulary, (num_rows,), device=device, generator=g),
+            "up": torch.randn(num_rows, device=device, generator=g),
+        }
+
+    return make
+
+
+def _ours_logprob(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    out = K.logprob(x["logits"].detach(), x["targets"])
+    return out.logp, out.entropy
+
+
+def _eager_logprob(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    logp = torch.log_softmax(x["logits"].detach().float(), -1)
+    return logp.gather(1, x["targets"][:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def _ours_logprob_training(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    out = K.logprob(x["logits"], x["targets"])
+    return out.logp.detach(), *torch.autograd.grad(out.logp, x["logits"], x["up"])
+
+
+def _eager_logprob_training(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    logp = torch.log_softmax(x["logits"].float(), -1).gather(1, x["targets"][:, None])[:, 0]
+    return logp.detach(), *torch.autograd.grad(logp, x["logits"], x["up"])
+
+
+def logprob_cases(num_rows: int, vocabulary: int) -> list[Case]:
+    inputs, size = _logit_inputs(num_rows, vocabulary, torch.bfloat16), 2 * num_rows * vocabulary
+    shape = f"{num_rows} x {vocabulary} bf16"
+    return [
+        Case(f"logprob forward, {shape}", inputs, {"ours": _ours_logprob, "eager": _eager_logprob}, size),
+        Case(f"logprob forward + backward, {shape}", inputs, {"ours": _ours_logprob_training, "eager": _eager_logprob_training}, 3 * size),
+    ]
+
+
+# linear_policy_loss and linear_logprob
+
+SEQUENCE = 512
+"""Tokens of a response."""
+
+
+def _head_inputs(num_rows: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> Callable[[str], dict[str, Tensor]]:
+    def make(device: str) -> dict[str, Tensor]:
+        g = _random(device, 1)
+        h = torch.randn(num_rows, hidden, device=device, generator=g, dtype=torch.float32).to(dtype)
+        w = (torch.randn(vocabulary, hidden, device=device, generator=g, dtype=torch.float32) / math.sqrt(hidden)).to(dtype)
+        targets = torch.randint(0, vocabulary, (num_rows,), device=device, generator=g)
+        with torch.no_grad():
+            old = K.linear_logprob(h, w, targets).logp + 0.05 * torch.randn(num_rows, device=device, generator=g)
+        advantages = torch.randn(num_rows // SEQUENCE, device=device, generator=g).repeat_interleave(SEQUENCE)  # Liger takes one a sequence
+        return {"hidden": h.requires_grad_(), "weight": w.requires_grad_(), "targets": targets, "old": old, "advantages": advantages}
+
+    return make
+
+
+def _ours_head(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    loss = K.linear_policy_loss(x["hidden"], x["weight"], x["targets"], x["advantages"], old_logp=x["old"], dual_clip=None).loss
+    return loss.detach(), *torch.autograd.grad(loss, (x["hidden"], x["weight"]))
+
+
+def _chunk_loss(h: Tensor, w: Tensor, targets: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """The loss of a chunk in eager torch, summed over tokens (DAPO: clip 0.2 and 0.28)."""
+    logp = torch.log_softmax((h @ w.T).float(), -1).gather(1, targets[:, None])[:, 0]
+    ratio = torch.exp((logp - old).clamp(-20, 20))
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages).sum()
+
+
+def _checkpointed_head(x: dict[str, Tensor], chunk_rows: int = 4096) -> tuple[Tensor, ...]:
+    """Four GEMMs: each chunk's logits are formed again in the backward pass, as torchtitan's chunked loss does."""
+    total = x["hidden"].new_zeros((), dtype=torch.float32)
+    for rows in torch.arange(len(x["hidden"]), device="cpu").split(chunk_rows):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        pieces = x["hidden"][part], x["weight"], x["targets"][part], x["old"][part], x["advantages"][part]
+        total = total + torch.utils.checkpoint.checkpoint(_chunk_loss, *pieces, use_reentrant=False)
+    loss = total / len(x["hidden"])
+    return loss.detach(), *torch.autograd.grad(loss, (x["hidden"], x["weight"]))
+
+
+def _liger_head(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """LigerFusedLinearGRPOLoss as its users call it: compiled, one sequence a chunk."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    peer = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo")
+    hidden, targets, old, advantages = (x[name].unflatten(0, (-1, SEQUENCE)) for name in ("hidden", "targets", "old", "advantages"))
+    mask = torch.ones_like(targets)
+    loss, _ = peer(hidden, x["weight"], targets, mask, advantages[:, 0], old_per_token_logps=old)
+    return loss.detach(), *torch.autograd.grad(loss, (x["hidden"], x["weight"]))
+
+
+def _peers(module: str, **providers: Provider) -> dict[str, Provider]:
+    """The providers, where their module is installed."""
+    return providers if importlib.util.find_spec(module) else {}
+
+
+def _ours_linear_logprob(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return (K.linear_logprob(x["hidden"], x["weight"], x["targets"]).logp,)
+
+
+def _eager_linear_logprob(x: dict[str, Tensor], chunk_rows: int = 4096) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        parts = zip(x["hidden"].split(chunk_rows), x["targets"].split(chunk_rows))
+        logps = [torch.log_softmax((h @ x["weight"].T).float(), -1).gather(1, t[:, None])[:, 0] for h, t in parts]
+        return (torch.cat(logps),)
+
+
+def head_cases(num_rows: int, hidden: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
+    inputs, flops = _head_inputs(num_rows, hidden, vocabulary, dtype), 2.0 * num_rows * hidden * vocabulary
+    shape = f"{num_rows} x {hidden} x {vocabulary} {str(dtype)[6:]}"
+    return [
+        Case(
+            f"linear_policy_loss forward + backward, {shape}",
+            inputs,
+            {"ours": _ours_head, "eager": _checkpointed_head, **_peers("liger_kernel", liger=_liger_head)},
+            floor_flops=3 * flops,
+            tolerance=3e-2,
+        ),
+        Case(
+            f"linear_logprob forward, {shape}",
+            inputs,
+            {"ours": _ours_linear_logprob, "eager": _eager_linear_logprob},
+            floor_flops=flops,
+            tolerance=3e-2,
+            compiled=(),
+        ),
+    ]
+
+
+# group_advantage + policy_loss
+
+
+def _token_inputs(num_groups: int, group_size: int, tokens: int) -> Callable[[str], dict[str, Tensor]]:
+    def make(device: str) -> dict[str, Tensor]:
+        g = _random(device, 2)
+        num = num_groups * group_size
+        logp = -torch.rand(num * tokens, device=device, generator=g)
+        return {
+            "rewards": torch.randint(0, 2, (num,), device=device, generator=g).float(),
+            "sizes": torch.full((num_groups,), group_size, dtype=torch.int64, device=device),
+            "row": torch.arange(num, device=device).repeat_interleave(tokens),
+            "logp": logp.requires_grad_(),
+            "old": logp.detach() + 0.1 * torch.randn(num * tokens, device=device, generator=g),
+            "mask": torch.rand(num * tokens, device=device, generator=g) > 0.1,
+        }
+
+    return make
+
+
+def _ours_policy(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    advantages = K.group_advantage(x["rewards"], x["sizes"]).values[x["row"]]
+    loss = K.policy_loss(x["logp"], advantages, old_logp=x["old"], mask=x["mask"]).loss
+    return loss.detach(), *torch.autograd.grad(loss, x["logp"])
+
+
+def _eager_policy(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The loss alone: no metrics, equal groups."""
+    grouped = x["rewards"].view(len(x["sizes"]), -1)
+    deviation = grouped.std(1, keepdim=True)
+    normed = torch.where(deviation > 0, (grouped - grouped.mean(1, keepdim=True)) / (deviation + 1e-6), 0)
+    advantages = normed.flatten()[x["row"]]
+    ratio = torch.exp((x["logp"] - x["old"]).clamp(-20, 20))
+    u = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    u = torch.where(advantages < 0, torch.maximum(u, 3 * advantages), u)
+    loss = -torch.where(x["mask"], u, 0).sum() / x["mask"].sum()
+    return loss.detach(), *torch.autograd.grad(loss, x["logp"])
+
+
+def policy_cases(num_groups: int, group_size: int, tokens: int) -> list[Case]:
+    num = num_groups * group_size * tokens
+    name = f"group_advantage + policy_loss forward + backward, {num_groups} groups of {group_size}, {num} tokens"
+    inputs = _token_inputs(num_groups, group_size, tokens)
+    # logp, old, advantage, mask read; the gradient written, and scaled in the backward pass
+    return [Case(name, inputs, {"ours": _ours_policy, "eager": _eager_policy}, num * (4 + 4 + 4 + 1 + 4 + 4 + 4), tolerance=1e-5)]
+
+
+# flow_step and flow_logp
+
+
+def _flow_inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype) -> Callable[[str], dict[str, Tensor]]:
+    def make(device: str) -> dict[str, Tensor]:
+        g = _random(device, 3)
+        x, v, v_ref = (torch.randn(batch, tokens, channels, device=device, generator=g).to(dtype) for _ in range(3))
+        sigma, following = torch.full((batch,), 0.8, device=device), torch.full((batch,), 0.7, device=device)
+        seeds = torch.arange(batch, device=device) + 12345
+        step = K.flow_step(x, v, sigma, following, eta=0.7, seeds=seeds)
+        given = {"x": x, "v": v.requires_grad_(), "v_ref": v_ref, "x_next": step.x_next, "sigma": sigma, "next": following, "seeds": seeds}
+        return given | {"up": torch.randn(batch, device=device, generator=g), "noise": torch.randn(x.shape, device=device, generator=g)}
+
+    return make
+
+
+def _ours_step(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    step = K.flow_step(x["x"], x["v"].detach(), x["sigma"], x["next"], eta=0.7, noise=x["noise"])
+    return step.x_next, step.logp
+
+
+def _ours_step_seeds(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return (K.flow_step(x["x"], x["v"].detach(), x["sigma"], x["next"], eta=0.7, seeds=x["seeds"]).logp,)
+
+
+def _coefficients(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    s, dt = x["sigma"].view(-1, 1, 1), (x["next"] - x["sigma"]).view(-1, 1, 1)
+    g = 0.7 * torch.sqrt(s / (1 - s))
+    half = g.square() / (2 * s)
+    return 1 + half * dt, dt * (1 + half * (1 - s)), g * torch.sqrt(-dt)
+
+
+def _log_density(residual: Tensor, std: Tensor) -> Tensor:
+    return (-residual.square() / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)).mean((1, 2))
+
+
+def _eager_step(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """As flow_grpo writes it, in fp32."""
+    a, b, std = _coefficients(x)
+    mean = a * x["x"].float() + b * x["v"].detach().float()
+    stored = (mean + std * x["noise"]).to(x["x"].dtype)
+    return stored, _log_density(stored.float() - mean, std)
+
+
+def _eager_step_random(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    a, b, std = _coefficients(x)
+    mean = a * x["x"].float() + b * x["v"].detach().float()
+    stored = (mean + std * torch.randn_like(mean)).to(x["x"].dtype)
+    return (_log_density(stored.float() - mean, std),)
+
+
+def _ours_replay(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    out = K.flow_logp(x["x"], x["v"], x["x_next"], x["sigma"], x["next"], dynamics="flow_sde", eta=0.7, v_ref=x["v_ref"])
+    return out.logp.detach(), out.kl.detach(), *torch.autograd.grad((out.logp * x["up"] + 0.04 * out.kl).sum(), x["v"])
+
+
+def _eager_replay(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    a, b, std = _coefficients(x)
+    mean = a * x["x"].float() + b * x["v"].float()
+    mean_ref = a * x["x"].float() + b * x["v_ref"].float()
+    logp = _log_density(x["x_next"].float() - mean, std)
+    kl = ((mean - mean_ref) ** 2).mean((1, 2)) / (2 * std.flatten() ** 2)
+    return logp.detach(), kl.detach(), *torch.autograd.grad((logp * x["up"] + 0.04 * kl).sum(), x["v"])
+
+
+def flow_cases(batch: int, tokens: int, channels: int) -> list[Case]:
+    inputs, num = _flow_inputs(batch, tokens, channels, torch.bfloat16), batch * tokens * channels
+    shape = f"{batch} x {tokens} x {channels} bf16"
+    return [
+        # x, v and fp32 noise read, x_next written
+        Case(f"flow_step, noise given, {shape}", inputs, {"ours": _ours_step, "eager": _eager_step}, num * (2 + 2 + 4 + 2)),
+        # The noise differs between the two, and so does the log-prob: a mean over 262,144 squares of normals, 0.3 % apart
+        Case(
+            f"flow_step, seeds, {shape}", inputs, {"ours": _ours_step_seeds, "eager": _eager_step_random}, num * (2 + 2 + 2), tolerance=0.02
+        ),
+        # x, v, x_next, v_ref read twice, dv written
+        Case(f"flow_logp + kl forward + backward, {shape}", inputs, {"ours": _ours_replay, "eager": _eager_replay}, num * (8 + 8 + 2)),
+    ]
+
+
+def all_cases(device: str) -> list[Case]:
+    """The published sizes on a GPU (KERNELS: Qwen2.5-VL-7B's head, Qwen-Image's latents of 1,024 px), small ones on a CPU."""
+    if device == "cuda":
+        return [
+            *logprob_cases(8192, 152_064),
+            *head_cases(8192, 3584, 152_064),
+            *policy_cases(64, 8, 512),
+            *flow_cases(24, 4096, 64),
+        ]
+    return [
+        *logprob_cases(512, 32_000),
+        *head_cases(2048, 1024, 32_000, torch.float32),
+        *policy_cases(64, 8, 512),
+        *flow_cases(4, 1024, 64),
+    ]

@@ -1,0 +1,31 @@
+"""The same tests for every backend that can run here: the reference, Triton under its interpreter, Triton on a GPU."""
+
+import os
+
+import pytest
+import torch
+
+import aot_fast.kernels as K
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["reference", *(["triton"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=BACKENDS)
+def each_backend(request, monkeypatch):
+    """Runs the test once under each backend; its value is the backend's name. cuda: tensors are made on the GPU by default."""
+    if request.param != "cuda":
+        with K.backend(request.param):
+            yield request.param
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+    def drawn_on_the_cpu(draw):
+        """The same numbers as in the other runs: some tests need a token that is clipped, say."""
+        return lambda *sizes, generator=None, **options: draw(*sizes, generator=generator, **options | {"device": "cpu"}).to("cuda")
+
+    for name in ("randn", "rand", "randint", "randperm"):
+        monkeypatch.setattr(torch, name, drawn_on_the_cpu(getattr(torch, name)))
+    with torch.device("cuda"), K.backend("triton"):
+        yield "cuda"
