@@ -135,7 +135,8 @@ def _check(x: Tensor, v: Tensor, v_uncond: Tensor | None, rescale: bool, cps_log
 
 def _coefficients(x: Tensor, sigma: Scalar, sigma_next: Scalar, dynamics: str, eta: Scalar, sigma_max: Scalar | None) -> FlowCoefficients:
     step = flow_coefficients(sigma, sigma_next, dynamics=dynamics, eta=eta, sigma_max=sigma_max, batch=len(x))
-    return FlowCoefficients(*(c.to(x.device, non_blocking=True) for c in step))
+    # From a host in one copy.
+    return step if step.a.device == x.device else FlowCoefficients(*torch.stack(step).to(x.device, non_blocking=True))
 
 
 def flow_step_reference(

@@ -1,7 +1,8 @@
 """linear_logprob and linear_policy_loss on a GPU: the library's GEMMs around the Triton passes over each chunk of logits.
 
 A chunk of the loss: GEMM into fp32 logits; row_stats (1 read); the loss of its rows; consumed_gradient (1 read, 1 write in the hidden
-states' dtype, in the logits' own memory); GEMMs for dhidden and, summed in fp32, dweight. Against 2 N H V operations a GEMM the passes move 4 + 4 + 2 B a logit.
+states' dtype, in the logits' own memory); GEMMs for dhidden and, summed in fp32, dweight. Against 2 N H V operations a GEMM the passes
+move 4 + 4 + 2 B a logit.
 """
 
 import torch
