@@ -23,7 +23,11 @@ def each_backend(request, monkeypatch):
 
     def drawn_on_the_cpu(draw):
         """The same numbers as in the other runs: some tests need a token that is clipped, say."""
-        return lambda *sizes, generator=None, **options: draw(*sizes, generator=generator, **options | {"device": "cpu"}).to("cuda")
+
+        def drawn(*sizes, requires_grad=False, **options):
+            return draw(*sizes, **options | {"device": "cpu"}).to("cuda").requires_grad_(requires_grad)
+
+        return drawn
 
     for name in ("randn", "rand", "randint", "randperm"):
         monkeypatch.setattr(torch, name, drawn_on_the_cpu(getattr(torch, name)))

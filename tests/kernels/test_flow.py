@@ -264,10 +264,10 @@ def test_the_operators_trace_whole(each_backend):
     data = latents()
     step = K.flow_coefficients(0.7, 0.6, dynamics="flow_sde", eta=0.7, batch=3)
     step = K.FlowCoefficients(*(c.to(data["x"].device) for c in step))
-    guide = flow_step_triton.Guidance(data["v_uncond"], 3.0, True)
+    guide, seeds = flow_step_triton.Guidance(data["v_uncond"], 3.0, True), torch.arange(3)
 
     def run(v):
-        rollout = flow_step_triton.flow_step_triton(data["x"], v, guide, step, None, torch.arange(3), False, torch.float32)
+        rollout = flow_step_triton.flow_step_triton(data["x"], v, guide, step, None, seeds, False, torch.float32)
         out = flow_step_triton.flow_logp_triton(data["x"], v, guide, rollout.x_next, step, data["v_ref"], None, False, False)
         return rollout.x_next, rollout.logp, out.logp, out.kl
 
