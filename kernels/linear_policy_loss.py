@@ -92,21 +92,9 @@ def linear_policy_loss(
     return run(hidden, weight, targets, advantages, old_logp, ref_logp, mask, seq_ids, settings, head, dweight_out)
 
 
-def linear_policy_loss_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    mask: Tensor | None,
-    seq_ids: Tensor | None,
-    settings: PolicySettings,
-    head: HeadSettings,
-    dweight_out: Tensor | None,
-) -> PolicyLoss:
-    passes = HeadPasses(RowPasses(row_stats, logit_gradient), loss_and_gradients)
-    return chunked_policy_loss(hidden, weight, targets, advantages, old, ref, mask, seq_ids, settings, head, dweight_out, passes)
+def linear_policy_loss_reference(*arguments) -> PolicyLoss:
+    """`arguments`: those of chunked_policy_loss but for its last."""
+    return chunked_policy_loss(*arguments, HeadPasses(RowPasses(row_stats, logit_gradient), loss_and_gradients))
 
 
 def chunked_policy_loss(
