@@ -124,10 +124,6 @@ class DefenderConfig:
     """Responses a prompt (G)."""
     prompts_per_step: int = 128
     """Groups an optimizer step trains on, over all ranks."""
-    probe_edits: int = 0
-    """Edits of every attackable question before a round's training, to see where the Attacker can earn anything; 0: none."""
-    probe_share: float = 0.5
-    """Share of the questions that is trained on: those whose probes earn the most different rewards."""
     steps_per_rollout: int = 1
     """Optimizer steps on one rollout; the rollout keeps prompts_per_step * steps_per_rollout groups."""
     prompts_per_try: int = 0
@@ -198,7 +194,8 @@ class AttackerConfig:
     probe_edits: int = 0
     """Edits of every attackable question before a round's training, to see where the Attacker can earn anything; 0: none."""
     probe_share: float = 0.5
-    """Share of the questions that is trained on: those whose probes earn the most different rewards."""
+    """Share of the questions that is trained on: those whose probes earn the most different rewards. As many are probed as the round would
+    draw without probing, so that each of those kept is drawn 1 / probe_share times."""
     rollout_batch: int = 16
     """Samples denoised at a time on one rank."""
     microbatch: int = 4

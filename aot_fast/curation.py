@@ -92,9 +92,10 @@ def promising(game: Game, questions: Pictures) -> Pictures:
             for part in game.runtime.gather(own):
                 spreads |= part
         wanted = math.ceil(len(questions) * config.probe_share)
-        best = set(sorted(spreads, key=spreads.get, reverse=True)[:wanted])
+        ids = [row.question_id for row in questions.rows]  # in their order: ties must not depend on the number of ranks
+        best = set(sorted(ids, key=lambda id: -spreads.get(id, 0.0))[:wanted])
         if game.runtime.rank == 0:
-            atomic_write_text(path, json.dumps([row.question_id for row in questions.rows if row.question_id in best]))
+            atomic_write_text(path, json.dumps([id for id in ids if id in best]))
     game.runtime.barrier()
     kept = set(json.loads(path.read_text()))
     return Pictures([row for row in questions.rows if row.question_id in kept], game.train)

@@ -193,6 +193,10 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
             "the KL reference is the base under a switched-off LoRA adapter",
             "set attacker.lora.rank > 0 or beta 0",
         )
+    if a.probe_edits == 1:
+        yield "attacker.probe_edits", 1, "one edit has no spread of rewards", "use 0 or at least 2"
+    if a.probe_edits and not a.probe_share:
+        yield "attacker.probe_share", a.probe_share, "must be more than 0: nothing would be left to train on", "raise it"
     if c.reward.q_low >= c.reward.q_high:
         yield "reward.q_low", c.reward.q_low, f"must be below reward.q_high = {c.reward.q_high}", "lower it"
     if c.reward.efficacy == "consecutive" and c.reward.consecutive > c.reward.trials:
@@ -204,12 +208,13 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
             f"nobody counts with judge {c.reward.judge}",
             "use judge defender, or leave it empty",
         )
-    if c.reward.judge_answers and not c.reward.judge_model:
+    if c.reward.judge_answers and not (c.reward.judge == "defender" and c.reward.judge_model):
+        judge = "the first Defender would forbid exactly the edits that fool it"
         yield (
             "reward.judge_answers",
             c.reward.judge_answers,
-            "the first Defender would forbid exactly the edits that fool it",
-            "name another model as reward.judge_model, or leave it off",
+            judge if c.reward.judge == "defender" else f"nobody is asked with judge {c.reward.judge}",
+            "name another model as reward.judge_model, or set it to false",
         )
     others = c.data.train != "world" and not d.model.startswith("asset:")
     if others and c.reward.judge_model.startswith("asset:"):

@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,14 @@ def main() -> None:
             rows += measure(case, args.device, speed, compiled=not args.no_compile)
             if args.device == "cuda":
                 torch.cuda.empty_cache()
-    result = {"machine": _machine(args.device, args.commit), "speed_of_light": speed, "tests": tests.splitlines()[-1:], "rows": rows}
+    command = shlex.join(["python", "bench/run.py", *sys.argv[1:]])
+    result = {
+        "command": command,
+        "machine": _machine(args.device, args.commit),
+        "speed_of_light": speed,
+        "tests": tests.splitlines()[-1:],
+        "rows": rows,
+    }
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "operators.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -82,7 +82,7 @@ def _read(cubin: bytes, shared_bytes: int) -> MachineCode:
         stack,
         shared_bytes,
         sum(op.startswith(("LDL", "STL")) for op in operations),
-        sum(bool(re.match(r"D(ADD|MUL|FMA|SETP)|F2F\.F64|I2F\.F64|MUFU\.\w*64", op)) for op in operations),
+        sum(bool(re.match(r"D(ADD|MUL|FMA|MMA|SETP)\b", op) or ".F64" in op or re.match(r"MUFU\.\w*64", op)) for op in operations),
         _widths(operations, ("LDG", "LDGSTS")),
         _widths(operations, ("STG",)),
         sum(op.startswith("HGMMA") for op in operations),
@@ -91,7 +91,8 @@ def _read(cubin: bytes, shared_bytes: int) -> MachineCode:
 
 def _widths(operations: list[str], names: tuple[str, ...]) -> tuple[int, ...]:
     found = (op.split(".") for op in operations if op.split(".")[0] in names)
-    return tuple(sorted((next((int(part) for part in op if part in ("64", "128")), 32) for op in found), reverse=True))
+    bits = {"64": 64, "128": 128, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
+    return tuple(sorted((next((bits[part] for part in op if part in bits), 32) for op in found), reverse=True))
 
 
 def _tool() -> str:

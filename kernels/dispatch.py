@@ -7,6 +7,7 @@ By default CUDA tensors go to triton and all others to the reference. Triton has
 import contextlib
 import contextvars
 import importlib
+import importlib.util
 import os
 import warnings
 from collections import Counter
@@ -43,6 +44,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 fallbacks: Counter[tuple[str, str]] = Counter()
 """(backend, operator) -> how often the reference ran because the forced backend has no such operator."""
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 _loaded: dict[str, Callable] = {}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("aot_fast_backend", default=None)
@@ -69,7 +72,7 @@ def implementation(operator: str, *inputs: Tensor | None) -> Callable:
     name = _in_force()
     given = [t for t in inputs if t is not None]
     if name == "auto":
-        name = "triton" if given and given[0].is_cuda and operator in IMPLEMENTATIONS["triton"] else "reference"
+        name = "triton" if HAS_TRITON and given and given[0].is_cuda else "reference"
     if name == "triton":
         if any(t.dtype == torch.float64 for t in given):
             name = "reference"

@@ -12,9 +12,12 @@ def gemm_operand(weight: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`, summed in fp32 (fp64 for fp64)."""
+    """a @ b in `dtype`, summed in fp32 (fp64 for fp64); of half types into a half type as the library sums them."""
     if a.is_cuda and a.dtype == b.dtype:
-        return torch.mm(a, b) if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
+        if dtype == a.dtype:
+            return torch.mm(a, b)
+        if dtype == torch.float32 and a.dtype.itemsize == 2:
+            return torch.mm(a, b, out_dtype=dtype)
     wide = compute_dtype(a, b)
     return (a.to(wide) @ b.to(wide)).to(dtype)
 

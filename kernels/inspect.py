@@ -55,15 +55,18 @@ def main() -> None:
     columns = ("registers", "stack_bytes", "shared_bytes", "num_local", "num_fp64")
     if not args.json:
         print(f"{'kernel':52s}" + "".join(f"{name:>13s}" for name in columns) + "  loads, bits      gates")
+    broken = 0
     for row in inspected():
+        broken += bool(row["broken"])
         if args.json:
             print(json.dumps(row), flush=True)
             continue
-        loads = ", ".join(f"{row['load_bits'].count(bits)} x {bits}" for bits in (128, 64, 32) if bits in row["load_bits"])
+        loads = ", ".join(f"{row['load_bits'].count(bits)} x {bits}" for bits in (128, 64, 32, 16, 8) if bits in row["load_bits"])
         print(
             f"{row['name']:52s}" + "".join(f"{row[name]:13d}" for name in columns) + f"  {loads:16s} {', '.join(row['broken']) or 'good'}",
             flush=True,
         )
+    raise SystemExit(f"{broken} kernels break a gate" if broken else 0)
 
 
 if __name__ == "__main__":

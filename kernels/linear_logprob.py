@@ -117,7 +117,7 @@ class _LinearLogProb(torch.autograd.Function):
 
 def chunk_logits(hidden: Tensor, matrix: Tensor, logits_dtype: torch.dtype) -> Tensor:
     """Logits of a chunk, summed in fp32 (fp64) and kept so, or rounded to logits_dtype if that is a half type."""
-    return product(hidden, matrix.T, logits_dtype if logits_dtype.itemsize < 4 else compute_dtype(hidden))
+    return product(hidden, matrix.T, logits_dtype if logits_dtype.itemsize < 4 and hidden.dtype != torch.float64 else compute_dtype(hidden))
 
 
 class HeadGradients:

@@ -148,7 +148,7 @@ def test_the_judge_counts_with_the_model_that_the_settings_name(runtime):
     files = [load_file(ASSETS / "tiny" / name / "model.safetensors")["model.norm.weight"].float() for name in ("judge", "defender")]
     assert torch.equal(judge.model.model.language_model.norm.weight, files[0]) and not torch.equal(*files)
     assert Game.judging_defender(game) is judge
-    game.config = load("tiny", ["--reward.judge_model", ""])
+    game.config = load("tiny", ["--reward.judge_model", "", "--reward.judge_answers", "false"])
     assert Game.judging_defender(game) == "first"
 
 

@@ -185,7 +185,7 @@ def _of_defenders(game: Mapping[int, Tables], n: int) -> list[Comparison]:
         old="the best earlier Defender of each seed on the same edits",
         pairs={seed: forgetting_pairs(tables, n, "attacker_1") for seed, tables in game.items()},
     )
-    return [*adapts, clean, forgetting]
+    return [*adapts, clean, *([forgetting] if n > 1 else [])]  # after one round nothing can have been forgotten
 
 
 def _of_arms(runs: Runs, q_low: float, n: int) -> list[Comparison]:
@@ -193,7 +193,8 @@ def _of_arms(runs: Runs, q_low: float, n: int) -> list[Comparison]:
     trained = [f"attacker_{i}" for i in range(1, n + 1)]
     for arm in CONTROLS:
         common = [(seed, game[seed], tables) for seed, tables in runs.get(arm, {}).items() if seed in game]
-        for suffix, attackers, words in (("", trained[-1:], f"attacker_{n}'s"), ("_all_attackers", trained, "all trained Attackers'")):
+        sets = [("", trained[-1:], f"attacker_{n}'s"), ("_all_attackers", trained, "all trained Attackers'")]
+        for suffix, attackers, words in sets[:n]:  # after one round the two are the same
             found.append(
                 Comparison(
                     key=f"hardened_vs_{arm}{suffix}",
