@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -91,14 +91,17 @@ def promising(game: Game, questions: Pictures) -> Pictures:
             own = _spreads(game, [questions[i] for i in range(start, min(start + CHUNK, len(questions)))])
             for part in game.runtime.gather(own):
                 spreads |= part
-        wanted = math.ceil(len(questions) * config.probe_share)
-        ids = [row.question_id for row in questions.rows]  # in their order: ties must not depend on the number of ranks
-        best = set(sorted(ids, key=lambda id: -spreads.get(id, 0.0))[:wanted])
         if game.runtime.rank == 0:
-            atomic_write_text(path, json.dumps([id for id in ids if id in best]))
+            atomic_write_text(path, json.dumps(widest([row.question_id for row in questions.rows], spreads, config.probe_share)))
     game.runtime.barrier()
     kept = set(json.loads(path.read_text()))
     return Pictures([row for row in questions.rows if row.question_id in kept], game.train)
+
+
+def widest(ids: Sequence[str], spreads: Mapping[str, float], share: float) -> list[str]:
+    """The `share` of `ids` with the largest spreads, in the order given; of equals the first, whichever rank probed them."""
+    best = set(sorted(ids, key=lambda id: -spreads[id])[: math.ceil(len(ids) * share)])
+    return [id for id in ids if id in best]
 
 
 def _spreads(game: Game, chunk: Sequence[Example]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from aot_fast.config import CurationConfig
-from aot_fast.curation import mixed
+from aot_fast.curation import mixed, widest
 from aot_fast.data.sets import Picture
 
 
@@ -39,3 +39,10 @@ def test_shares(num_made, num_earlier, settings, expected):
     counts = Counter((row.source, row.attacker_round) for row in rows)
     assert (counts["edit", 2], counts["edit", 1], counts["clean", -1]) == expected
     assert len({row.question_id for row in rows}) == len(rows)
+
+
+def test_the_widest_spreads_are_kept_in_order_and_ties_do_not_depend_on_who_probed():
+    spreads = {"d": 0.5, "b": 0.9, "a": 0.0, "c": 0.5, "e": 0.1}
+    assert widest("abcde", spreads, 0.4) == ["b", "c"]
+    assert widest("abcde", dict(reversed(spreads.items())), 0.4) == ["b", "c"]
+    assert widest("abcde", spreads, 0.41) == ["b", "c", "d"] and widest("abcde", spreads, 1.0) == [*"abcde"]

@@ -40,6 +40,15 @@ def test_values_and_gradients_match_the_oracle(vocabulary, shift, temperature):
     assert error(logits.grad, exact.grad) <= FP32 or exact.grad.norm() < 1e-12
 
 
+@pytest.mark.parametrize("vocabulary", (3000, 17_000))  # three tiles of either size
+def test_a_maximum_that_rises_from_tile_to_tile(vocabulary):
+    logits, targets, _ = rows(3, vocabulary)
+    logits = logits.sort(dim=1).values
+    out = K.logprob(logits, targets)
+    logp, entropy = oracle.logprob(logits.double(), targets)
+    assert (out.logp - logp).abs().max() <= 1e-5 and (out.entropy - entropy).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("probability", (0.9, 0.99, 0.999, 0.9999))
 def test_gradient_of_a_likely_target_survives_bf16_logits(probability):
     # The logits are bf16 numbers; 1 - p of the target must come from log p, not from a rounded p.
