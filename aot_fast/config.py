@@ -136,6 +136,8 @@ class DefenderConfig:
     """Responses generated at a time on one rank."""
     microbatch: int = 4
     """Responses in one forward and backward on one rank."""
+    head_chunk_rows: int = 4096
+    """Response tokens whose logits are held at once, in fp32 (4,096 of 152,064: 2.3 GiB). Changes results by rounding only."""
     loss: Literal["ppo", "gspo", "cispo"] = "ppo"
     agg: Literal["token", "seq_mean", "seq_sum_norm"] = "token"
     clip_low: float = 0.2
@@ -324,7 +326,8 @@ class MetricsConfig:
 class KernelsConfig:
     """Which implementation of the operators is used."""
 
-    backend: Literal["auto", "reference"] = "auto"
+    backend: Literal["auto", "reference", "triton"] = "auto"
+    """auto: Triton for CUDA tensors, plain torch for others. reference: plain torch, and the Defender's loss from all logits at once."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from aot_fast.engine import close_runtime, open_runtime
 from aot_fast.evaluation.matrix import integrity as summary_of
 from aot_fast.evaluation.summary import versions
 from aot_fast.evaluation.tables import Edit
+from aot_fast.kernels.dispatch import HAS_TRITON
 from aot_fast.models import model_folder
 
 NUM_SCENES = 50
@@ -34,13 +35,19 @@ def examine(config: Config) -> int:
     print("optional   " + "  ".join(f"{name} {'yes' if find_spec(name) else 'no'}" for name in OPTIONAL))
     print(f"device     {device_name()}, compute {str(runtime.dtype).removeprefix('torch.')}, {os.cpu_count()} CPU cores")
     print(f"disk       {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
-    print("operators  backend reference (plain torch)")
+    print(f"operators  kernels.backend {config.kernels.backend}: {operators(config, runtime.device)}")
     scenes = [example(i) for i in range(NUM_SCENES)]
     problems = [*codec(load_attacker(config.attacker, config.engine, runtime), scenes, config), *clean_accuracy(config, runtime, scenes)]
     for problem in problems:
         print(f"problem    {problem}")
     close_runtime()
     return 1 if problems else 0
+
+
+def operators(config: Config, device: torch.device) -> str:
+    if config.kernels.backend == "reference":
+        return "plain torch, all logits at once"
+    return "Triton" if device.type == "cuda" and HAS_TRITON else "plain torch"
 
 
 def device_name() -> str:

@@ -250,9 +250,10 @@ def _heldout(c: Config) -> Iterator[tuple[str, Any, str, str]]:
 POSITIVE = (
     "engine.timeout_s engine.max_bad_steps defender.temperature defender.top_p "
     "data.world_size data.max_image_pixels defender.group_size defender.prompts_per_step "
-    "defender.steps_per_rollout defender.max_generation_batches defender.rollout_batch defender.microbatch defender.max_prompt_tokens "
-    "defender.max_response_tokens defender.optimizer.lr attacker.optimizer.lr attacker.num_steps attacker.group_size "
-    "attacker.prompts_per_step attacker.rollout_batch attacker.microbatch attacker.target_pixels attacker.reference_pixels "
+    "defender.steps_per_rollout defender.max_generation_batches defender.rollout_batch defender.microbatch defender.head_chunk_rows "
+    "defender.max_prompt_tokens defender.max_response_tokens defender.optimizer.lr "
+    "attacker.optimizer.lr attacker.num_steps attacker.group_size attacker.prompts_per_step attacker.rollout_batch "
+    "attacker.microbatch attacker.target_pixels attacker.reference_pixels "
     "attacker.condition_pixels attacker.guidance reward.trials reward.efficacy_temperature curation.num_questions "
     "curation.edits_per_question checkpoint.every checkpoint.keep metrics.every"
 ).split()

@@ -10,6 +10,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -109,8 +110,9 @@ def _head_inputs(num_rows: int, hidden: int, vocabulary: int, dtype: torch.dtype
     return make
 
 
-def _ours_head(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    loss = K.linear_policy_loss(x["hidden"], x["weight"], x["targets"], x["advantages"], old_logp=x["old"], dual_clip=None).loss
+def _ours_head(x: dict[str, Tensor], chunk_rows: int = 4096) -> tuple[Tensor, ...]:
+    tokens = x["hidden"], x["weight"], x["targets"], x["advantages"]
+    loss = K.linear_policy_loss(*tokens, old_logp=x["old"], dual_clip=None, chunk_rows=chunk_rows).loss
     return loss.detach(), *torch.autograd.grad(loss, (x["hidden"], x["weight"]))
 
 
@@ -160,14 +162,15 @@ def _eager_linear_logprob(x: dict[str, Tensor], chunk_rows: int = 4096) -> tuple
         return (torch.cat(logps),)
 
 
-def head_cases(num_rows: int, hidden: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
+def head_cases(num_rows: int, hidden: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16, chunk_rows: int = 4096) -> list[Case]:
     inputs, flops = _head_inputs(num_rows, hidden, vocabulary, dtype), 2.0 * num_rows * hidden * vocabulary
     shape = f"{num_rows} x {hidden} x {vocabulary} {str(dtype)[6:]}"
+    ours, eager = (partial(provider, chunk_rows=chunk_rows) for provider in (_ours_head, _checkpointed_head))
     return [
         Case(
             f"linear_policy_loss forward + backward, {shape}",
             inputs,
-            {"ours": _ours_head, "eager": _checkpointed_head, **_peers("liger_kernel", liger=_liger_head)},
+            {"ours": ours, "eager": eager, **_peers("liger_kernel", liger=_liger_head)},
             floor_flops=3 * flops,
             tolerance=3e-2,
         ),
@@ -320,7 +323,7 @@ def all_cases(device: str) -> list[Case]:
         ]
     return [
         *logprob_cases(512, 32_000),
-        *head_cases(2048, 1024, 32_000, torch.float32),
+        *head_cases(2048, 1024, 32_000, torch.float32, chunk_rows=512),
         *policy_cases(64, 8, 512),
         *flow_cases(4, 1024, 64),
     ]

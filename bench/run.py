@@ -160,7 +160,7 @@ def table(rows: list[dict]) -> str:
         if "failed" in row:
             lines.append(f"{row['case']:72.72s} {row['provider']:16.16s} {row['failed']}")
             continue
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+        peak = f"{row['peak_bytes'] / 2**20:.0f}"
         share, warm = (f"{row[key]:{form}}" if key in row else "" for key, form in (("of_floor", ".0%"), ("ms_warm", ".3f")))
         graph = f"{row['ms_graph']:.3f}" if row.get("ms_graph") else ""
         error = "" if row["errors"] is None else f"{max(row['errors']):.1e}"

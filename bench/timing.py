@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 FLUSH_BYTES = 256 << 20
 """Written before a cold run: five times an H100's L2 cache."""
@@ -63,10 +66,32 @@ def _wall_ms(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak_bytes(run: Callable[[], object], device: str) -> int | None:
-    """Memory that a call takes beside what is there before it; None on a CPU."""
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((arguments, options)) if isinstance(t, torch.Tensor)}
+        out = operator(*arguments, **(options or {}))
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
+                storage = t.untyped_storage()
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return out
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Memory that a call takes beside what is there before it; on a CPU that of the tensors, without the libraries' own."""
     if device != "cuda":
-        return None
+        with _LiveBytes() as live:
+            run()
+        return live.peak
     synchronize(device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -69,7 +69,7 @@ def implementation(operator: str, *inputs: Tensor | None) -> Callable:
 
     Raises ValueError where triton is forced on a device that it cannot run on.
     """
-    name = _in_force()
+    name = backend_in_force()
     given = [t for t in inputs if t is not None]
     if name == "auto":
         name = "triton" if HAS_TRITON and given and given[0].is_cuda else "reference"
@@ -94,7 +94,8 @@ def _constant(function: Callable) -> Callable:
 
 
 @_constant  # the tracer cannot read a context variable: a compiled function keeps the backend it was traced with
-def _in_force() -> str:
+def backend_in_force() -> str:
+    """A key of IMPLEMENTATIONS, or "auto": what `backend` or AOT_FAST_BACKEND asks for."""
     return _forced.get() or _known(os.environ.get("AOT_FAST_BACKEND") or "auto", "AOT_FAST_BACKEND")
 
 

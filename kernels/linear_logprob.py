@@ -16,7 +16,7 @@ from torch import Tensor
 from .arguments import FLOATS, INTEGERS, compute_dtype, require, require_tensor
 from .dispatch import implementation
 from .gemm import add_product, gemm_operand, product
-from .logprob import LogProb, RowStats, logit_gradient, row_stats
+from .logprob import LogProb, RowStats, consumed_gradient, row_stats
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RowPasses(NamedTuple):
     row_stats: Callable
     """As logprob.row_stats."""
     logit_gradient: Callable
-    """As logprob.logit_gradient; the logits may be used up."""
+    """As logprob.consumed_gradient."""
 
 
 def linear_logprob(
@@ -70,7 +70,7 @@ def linear_logprob_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_rows: int, logits_dtype: torch.dtype
 ) -> LogProb:
     return chunked_logprob(
-        hidden, weight, targets, HeadSettings(temperature, chunk_rows, logits_dtype), RowPasses(row_stats, logit_gradient)
+        hidden, weight, targets, HeadSettings(temperature, chunk_rows, logits_dtype), RowPasses(row_stats, consumed_gradient)
     )
 
 

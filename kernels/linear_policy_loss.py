@@ -21,7 +21,7 @@ from .dispatch import implementation
 from .gemm import gemm_operand
 from .known_gradient import attach_gradients
 from .linear_logprob import HeadGradients, HeadSettings, RowPasses, check_head, chunk_logits
-from .logprob import RowStats, logit_gradient, row_stats
+from .logprob import RowStats, consumed_gradient, row_stats
 from .metrics import PolicyLoss, combine_metrics, finish_metrics
 from .policy_loss import (
     Normaliser,
@@ -31,6 +31,7 @@ from .policy_loss import (
     left_out,
     loss_and_gradients,
     sequence_sum,
+    settled_old,
     token_batch,
 )
 
@@ -68,6 +69,7 @@ def linear_policy_loss(
     chunk_rows: int = 4096,
     logits_dtype: torch.dtype = torch.float32,
     dweight_out: Tensor | None = None,
+    on_policy: Tensor | None = None,
 ) -> PolicyLoss:
     """policy_loss(linear_logprob(hidden, weight, targets)) with the entropy bonus, in three GEMMs; differentiable in hidden and weight.
 
@@ -83,18 +85,18 @@ def linear_policy_loss(
     """
     check_head(hidden, weight, targets, temperature, chunk_rows, logits_dtype)
     settings = PolicySettings(loss, clip_low, clip_high, dual_clip, beta, kl, agg, num_tokens, num_sequences, max_length, entropy_coef)
-    check_policy(settings, hidden, advantages, old_logp, ref_logp, mask, seq_ids)
+    check_policy(settings, hidden, advantages, old_logp, ref_logp, mask, seq_ids, on_policy)
     if dweight_out is not None:
         require_tensor("dweight_out", dweight_out, weight.shape, (compute_dtype(weight),), like=weight)
         require(weight.requires_grad, "dweight_out", "a weight without requires_grad", "a weight that requires a gradient")
     head = HeadSettings(temperature, chunk_rows, logits_dtype)
     run = implementation("linear_policy_loss", hidden)
-    return run(hidden, weight, targets, advantages, old_logp, ref_logp, mask, seq_ids, settings, head, dweight_out)
+    return run(hidden, weight, targets, advantages, old_logp, ref_logp, mask, seq_ids, on_policy, settings, head, dweight_out)
 
 
 def linear_policy_loss_reference(*arguments) -> PolicyLoss:
     """`arguments`: those of chunked_policy_loss but for its last."""
-    return chunked_policy_loss(*arguments, HeadPasses(RowPasses(row_stats, logit_gradient), loss_and_gradients))
+    return chunked_policy_loss(*arguments, HeadPasses(RowPasses(row_stats, consumed_gradient), loss_and_gradients))
 
 
 def chunked_policy_loss(
@@ -106,6 +108,7 @@ def chunked_policy_loss(
     ref: Tensor | None,
     mask: Tensor | None,
     seq_ids: Tensor | None,
+    on_policy: Tensor | None,
     settings: PolicySettings,
     head: HeadSettings,
     dweight_out: Tensor | None,
@@ -116,7 +119,7 @@ def chunked_policy_loss(
     live = given & (targets >= 0) & (targets < weight.shape[0])
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     with torch.no_grad():
-        batch = token_batch(settings, compute_dtype(hidden), advantages, old, ref, live, seq_ids)
+        batch = token_batch(settings, compute_dtype(hidden), advantages, old, ref, live, seq_ids)._replace(on_policy=on_policy)
         matrix = gemm_operand(weight)
         gradients = HeadGradients(hidden, matrix, *needs)
         rows, num_active = _order_rows(batch, settings, any(needs))
@@ -146,7 +149,12 @@ def _order_rows(batch: TokenBatch, s: PolicySettings, needs_gradient: bool) -> t
 
 
 def _units(batch: TokenBatch, rows: Tensor, s: PolicySettings, chunk_rows: int) -> list[tuple[int, int]]:
-    """Ranges of rows whose coefficients depend on no other row: chunks, and for gspo as many whole sequences as fit into a chunk."""
+    """Ranges of rows whose coefficients depend on no other row: chunks, and for gspo as many whole sequences as fit into a chunk.
+
+    One empty range where there are no rows: the metrics have the same names on a rank that has none.
+    """
+    if not len(rows):
+        return [(0, 0)]
     if s.loss != "gspo":
         return [(start, min(start + chunk_rows, len(rows))) for start in range(0, len(rows), chunk_rows)]
     _, lengths = torch.unique_consecutive(batch.sequence[rows], return_counts=True)
@@ -174,7 +182,7 @@ def _unit(
     gradients: HeadGradients,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of some rows; adds the gradients of the first num_active of them. One chunk, unless it is one long sequence."""
-    pieces = [range(i, min(i + head.chunk_rows, len(rows))) for i in range(0, len(rows), head.chunk_rows)]
+    pieces = [range(i, min(i + head.chunk_rows, len(rows))) for i in range(0, max(1, len(rows)), head.chunk_rows)]
     blocks = []
     for piece in pieces:
         index = rows[piece.start : piece.stop]
@@ -184,7 +192,12 @@ def _unit(
     stats = RowStats(*(torch.cat(parts) for parts in zip(*blocks)))
     part = batch.rows(rows)
     part = part._replace(mask=stats.valid, weight=torch.where(stats.valid, part.weight, 0))
+    mismatch = {}
+    if part.on_policy is not None:
+        old, mismatch = settled_old(stats.logp, part.old_logp, part.on_policy, part.on_policy & stats.valid)
+        part = part._replace(old_logp=old)
     value, dlogp, dentropy, metrics = passes.loss_and_gradients(stats.logp, stats.entropy, part, s)
+    metrics |= mismatch
     metrics["count/invalid"] = (~stats.valid).sum()
     for piece in pieces:
         size = min(num_active - piece.start, len(piece))

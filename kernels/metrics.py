@@ -9,6 +9,7 @@ over the right count, formed once at the logging interval: ratio = sum/ratio / c
     count/clip_dual         A < 0 and r > dual_clip               count/zero_coefficient            dL/dlogp exactly 0
     sum/kl_k1, sum/kl_k3    KL(old || new) as -d and e^d - 1 - d   sum/kl_ref                        the KL that beta multiplies
     sum/advantage, sum/advantage_squared                          sum/entropy                       where logits exist
+    max/logp_mismatch       max |logp - old| where on_policy
 
 flow_policy_loss counts samples instead (`count/samples`), and adds `sum/kl`, `sum/drift` and `count/dropped` (dppo).
 """

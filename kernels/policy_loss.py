@@ -54,6 +54,8 @@ class TokenBatch(NamedTuple):
     """w of the equation; 0 where masked."""
     sequence: Tensor | None
     """int64: 0, 1, 2, ... along the rows; only for gspo and the sequence aggregations."""
+    on_policy: Tensor | None = None
+    """bool: where old is stopgrad(logp) and old_logp only what it is compared with; None once old_logp is what the loss uses."""
 
     def rows(self, index: Tensor | slice) -> "TokenBatch":
         """The same for some of the rows."""
@@ -82,6 +84,7 @@ def policy_loss(
     valid: Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
+    on_policy: Tensor | None = None,
 ) -> PolicyLoss:
     """The policy loss of N response tokens and its metrics; differentiable in logp (and entropy).
 
@@ -93,21 +96,40 @@ def policy_loss(
     ref_logp (at least 0; more than 0 needs ref_logp). kl: "k1", "k2" or "k3". agg: "token", "seq_mean" or "seq_sum_norm" (needs
     max_length). num_tokens, num_sequences: the global normaliser of the optimizer step, a float or a 0-d tensor; None: the local count of
     unmasked tokens, or of sequences with one, at least 1. entropy_coef: weight of the entropy bonus, needs entropy.
+    on_policy: [N] bool, needs old_logp: tokens sampled by the very policy that is trained. There the ratio is 1, as with old_logp=None, and
+    old_logp is only compared with logp: max/logp_mismatch, which should be rounding.
     Returns PolicyLoss(loss 0-d, metrics): names in aot_fast.kernels.metrics. Raises ValueError on a wrong shape, dtype, choice or range.
     """
     settings = PolicySettings(loss, clip_low, clip_high, dual_clip, beta, kl, agg, num_tokens, num_sequences, max_length, entropy_coef)
     require_tensor("logp", logp, (None,), FLOATS)
-    check_policy(settings, logp, advantages, old_logp, ref_logp, mask, seq_ids)
+    check_policy(settings, logp, advantages, old_logp, ref_logp, mask, seq_ids, on_policy)
     require(entropy_coef == 0 or entropy is not None, "entropy", None, f"[N] because entropy_coef is {entropy_coef}")
     if entropy is not None:
         require_tensor("entropy", entropy, logp.shape, FLOATS, like=logp)
     if valid is not None:
         require_tensor("valid", valid, logp.shape, (torch.bool,), like=logp)
-    return implementation("policy_loss", logp)(logp, entropy, advantages, old_logp, ref_logp, mask, valid, seq_ids, settings)
+    mismatch = {}
+    if on_policy is not None:
+        live = on_policy if valid is None else on_policy & valid
+        old_logp, mismatch = settled_old(logp.detach(), old_logp, on_policy, live if mask is None else live & mask)
+    out = implementation("policy_loss", logp)(logp, entropy, advantages, old_logp, ref_logp, mask, valid, seq_ids, settings)
+    return PolicyLoss(out.loss, out.metrics | finish_metrics(mismatch))
+
+
+def settled_old(logp: Tensor, old: Tensor, on_policy: Tensor, compared: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """old, with logp in its place where the policy has not moved; and how far they are apart where they are compared, [N] bool."""
+    return torch.where(on_policy, logp.to(old.dtype), old), {"max/logp_mismatch": masked_max((logp - old).abs(), compared)}
 
 
 def check_policy(
-    s: PolicySettings, rows: Tensor, advantages: Tensor, old: Tensor | None, ref: Tensor | None, mask: Tensor | None, seq_ids: Tensor | None
+    s: PolicySettings,
+    rows: Tensor,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    mask: Tensor | None,
+    seq_ids: Tensor | None,
+    on_policy: Tensor | None,
 ) -> None:
     """Checks what policy_loss and linear_policy_loss have in common; rows is any tensor with N as its first size."""
     shape = rows.shape[:1]
@@ -117,6 +139,7 @@ def check_policy(
         ("ref_logp", ref, FLOATS),
         ("mask", mask, (torch.bool,)),
         ("seq_ids", seq_ids, INTEGERS),
+        ("on_policy", on_policy, (torch.bool,)),
     ):
         if tensor is not None:
             require_tensor(name, tensor, shape, dtypes, like=rows)
@@ -127,6 +150,7 @@ def check_policy(
     require(s.clip_high >= 0, "clip_high", s.clip_high, "at least 0")
     require(s.dual_clip is None or s.dual_clip > 1, "dual_clip", s.dual_clip, "more than 1, or None")
     require(s.beta >= 0, "beta", s.beta, "at least 0")
+    require(on_policy is None or old is not None, "old_logp", None, "[N] because on_policy is given")
     require(s.beta == 0 or ref is not None, "ref_logp", None, f"[N] because beta is {s.beta}")
     require(s.agg != "seq_sum_norm" or s.max_length is not None, "max_length", None, "a length because agg is 'seq_sum_norm'")
     needs_sequences = s.loss == "gspo" or s.agg == "seq_mean" or (s.agg == "seq_sum_norm" and s.num_sequences is None)

@@ -99,7 +99,7 @@ def _sample_batch(attacker: Attacker, encodings, start_seeds, step_seeds, window
 
 def guided(now: Velocity, config: AttackerConfig) -> Tensor:
     """[B, N, 4c]: the velocity the step follows (true classifier-free guidance with Qwen-Image's norm rescale)."""
-    return now.v if now.v_uncond is None else K.guided_velocity(now.v, now.v_uncond, config.guidance)
+    return now.v if now.v_uncond is None else K.guided_velocity(now.v, now.v_uncond, guidance=config.guidance)
 
 
 def start_noise(attacker: Attacker, encoding: Encoding, seeds: Sequence[int]) -> Tensor:

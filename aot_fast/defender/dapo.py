@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
@@ -16,17 +15,19 @@ from torch import Tensor
 import aot_fast.kernels as K
 from aot_fast.data.schema import Example
 from aot_fast.defender.groups import Group
+from aot_fast.defender.head import batch_loss, reference_logp
 from aot_fast.defender.model import Defender
-from aot_fast.defender.packing import Batch, Row, collate, response_logits
+from aot_fast.defender.packing import Batch, Row, collate
 from aot_fast.defender.prompt import encode
-from aot_fast.engine import adapter_off, microbatches
+from aot_fast.engine import microbatches
 from aot_fast.metrics import reduce_over_ranks
 
 
 def update(defender: Defender, examples: Sequence[Example], groups: list[Group], reference: Defender | None = None) -> dict[str, float]:
     """One optimizer step on `groups`, which every rank holds; each rank trains its share of the rows.
 
-    Where the policy has not moved since a group was sampled, old = stopgrad(new) and the ratio is exactly 1.
+    Where the policy has not moved since a group was sampled, old = stopgrad(new) and the ratio is exactly 1; there the log-prob recorded
+    at the rollout is only compared with the trainer's (logp_mismatch, DESIGN.md rule 4).
     `reference`: the frozen first Defender, for the KL of a full fine-tune (LoRA switches its adapter off instead).
     Returns metrics; an empty list of groups gives {"skipped": 1}. A collective.
     """
@@ -43,16 +44,13 @@ def update(defender: Defender, examples: Sequence[Example], groups: list[Group],
     for part in microbatches(runtime, rows, config.microbatch):
         batch = as_batch(defender, part or [padding_row(defender, examples, groups)])
         ref_logp = reference_logp(defender, reference, batch)  # first: between forward and backward ZeRO-3 would lose its order
-        out = token_logp(defender, batch)
-        fresh = (versions_of(batch, groups) == player.version).flatten()
-        loss = K.policy_loss(
-            out.logp,
-            batch.advantages.flatten(),
-            old_logp=torch.where(fresh, out.logp.detach(), batch.logp.flatten()),
+        loss = batch_loss(
+            defender,
+            batch,
+            old_logp=batch.logp.flatten(),
+            on_policy=(versions_of(batch, groups) == player.version).flatten(),
             ref_logp=ref_logp,
             mask=batch.mask.flatten(),
-            valid=out.valid,
-            entropy=out.entropy,
             entropy_coef=config.entropy_coef,
             seq_ids=local_ids(batch.sequences).flatten(),
             loss=config.loss,
@@ -67,7 +65,7 @@ def update(defender: Defender, examples: Sequence[Example], groups: list[Group],
             max_length=config.max_response_tokens,
         )
         player.backward(loss.loss)
-        metrics.append({**loss.metrics, "sum/loss": loss.loss.detach(), "max/logp_mismatch": mismatch(batch, out.logp, fresh)})
+        metrics.append({**loss.metrics, "sum/loss": loss.loss.detach()})
     totals = reduce_over_ranks(runtime, K.combine_metrics(metrics))
     step = player.step(healthy=math.isfinite(totals["sum/loss"]))
     return readable(totals, num_tokens) | {
@@ -110,23 +108,6 @@ def as_batch(defender: Defender, rows: list[Row]) -> Batch:
     return collate(rows, defender.tokenizer.pad_token_id, defender.core.config.image_token_id, defender.runtime.device)
 
 
-def token_logp(defender: Defender, batch: Batch) -> K.LogProb:
-    """log-prob, entropy and validity of the response tokens, each [B * R]; at the sampling temperature, as at the rollout."""
-    logits = response_logits(defender.player, batch)
-    return K.logprob(logits.flatten(0, 1), batch.targets.flatten(), temperature=defender.config.temperature)
-
-
-def reference_logp(defender: Defender, reference: Defender | None, batch: Batch) -> Tensor | None:
-    """[B * R] log-probs of the Defender before training, when the KL is on."""
-    if not defender.config.beta:
-        return None
-    lora = bool(defender.config.lora.rank)
-    model = defender.player if lora else reference.model
-    with torch.no_grad(), adapter_off(defender.model) if lora else nullcontext():
-        logits = response_logits(model, batch)
-    return K.logprob(logits.flatten(0, 1), batch.targets.flatten(), temperature=defender.config.temperature).logp
-
-
 def versions_of(batch: Batch, groups: list[Group]) -> Tensor:
     """[B, R] policy version that sampled each row."""
     versions = torch.tensor([g.version for g in groups for _ in g.responses], device=batch.sequences.device)
@@ -136,12 +117,6 @@ def versions_of(batch: Batch, groups: list[Group]) -> Tensor:
 def local_ids(sequences: Tensor) -> Tensor:
     """[B, R] row numbers: sorted and contiguous, as the operators want `seq_ids`."""
     return torch.arange(len(sequences), device=sequences.device)[:, None].expand(sequences.shape)
-
-
-def mismatch(batch: Batch, logp: Tensor, fresh: Tensor) -> Tensor:
-    """Largest |trainer's log-prob - rollout's| where the policy has not moved (DESIGN.md rule 4)."""
-    difference = (logp.detach() - batch.logp.flatten()).abs()
-    return torch.where(batch.mask.flatten() & fresh, difference, 0.0).max()
 
 
 def readable(totals: dict[str, float], num_tokens: float) -> dict[str, float]:

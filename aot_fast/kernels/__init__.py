@@ -14,7 +14,7 @@ _here = Path(__file__).resolve().parent
 if not (_here / "dispatch.py").is_file():
     __path__.append(str(_here.parents[1] / "kernels"))
 
-from .dispatch import backend, fallbacks  # noqa: E402
+from .dispatch import backend, backend_in_force, fallbacks  # noqa: E402
 from .flow_dynamics import FlowCoefficients, flow_coefficients  # noqa: E402
 from .flow_policy_loss import flow_policy_loss  # noqa: E402
 from .flow_step import FlowLogProb, FlowStep, flow_logp, flow_step  # noqa: E402
@@ -35,6 +35,7 @@ __all__ = [
     "LogProb",
     "PolicyLoss",
     "backend",
+    "backend_in_force",
     "combine_metrics",
     "fallbacks",
     "flow_coefficients",

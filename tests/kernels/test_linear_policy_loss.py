@@ -233,3 +233,51 @@ def test_errors_name_what_was_given_and_what_was_expected():
     with pytest.raises(ValueError, match="a weight that requires a gradient"):
         buffer = torch.zeros(VOCABULARY, 12, dtype=torch.float64)
         K.linear_policy_loss(hidden, weight.detach(), targets, advantages, dweight_out=buffer, **options)
+
+
+@pytest.mark.parametrize("loss", ("ppo", "gspo"))
+def test_on_policy_tokens_have_ratio_one_and_are_compared(loss):
+    """As with the trainer's own log-probs written into old_logp; the recorded ones are only compared."""
+    hidden, weight, targets, advantages, options = batch()
+    own = K.linear_logprob(hidden, weight, targets).logp.detach()
+    fresh = options["seq_ids"] % 2 == 0
+    recorded = torch.where(fresh, own + 1e-3, options["old_logp"])
+    recorded[9] += 0.25  # of the second sequence, which an older policy sampled
+    recorded[20] -= 0.5
+    options |= {"loss": loss, "agg": "seq_mean", "chunk_rows": 10}
+    masked = fresh & ~options["mask"]
+    recorded[masked] = math.nan
+    given = {**options, "old_logp": recorded, "on_policy": fresh}
+    fused = K.linear_policy_loss(hidden, weight, targets, advantages, **given)
+    written = options | {"old_logp": torch.where(fresh, own, recorded)}
+    expected = K.linear_policy_loss(hidden, weight, targets, advantages, **written)
+    out = K.linear_logprob(hidden, weight, targets)
+    given.pop("chunk_rows")
+    unfused = K.policy_loss(out.logp, advantages, valid=out.valid, entropy=out.entropy, **given)
+    want = torch.autograd.grad(expected.loss, (hidden, weight))
+    for got in (fused, unfused):
+        assert error(got.loss, expected.loss) < 1e-12
+        for ours, theirs in zip(torch.autograd.grad(got.loss, (hidden, weight)), want):
+            assert error(ours, theirs) < 1e-12
+        assert got.metrics["max/logp_mismatch"].item() == pytest.approx(
+            0.5 - 1e-3 if bool(fresh[20] & options["mask"][20]) else 1e-3, abs=1e-6
+        )
+        for name, value in expected.metrics.items():
+            torch.testing.assert_close(got.metrics[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("loss", ("ppo", "gspo", "cispo"))
+def test_no_tokens_give_every_metric_and_zero_gradients(loss):
+    """A rank without tokens must not lack a name, nor a gradient: the others wait for it."""
+    hidden, weight, targets, advantages, options = batch(torch.float32)
+    options |= {"loss": loss, "on_policy": options["mask"]}
+    full = K.linear_policy_loss(hidden, weight, targets, advantages, beta=0.1, **options)
+    none = K.linear_policy_loss(hidden, weight, targets, advantages, beta=0.1, **options | {"mask": torch.zeros_like(options["mask"])})
+    assert none.metrics.keys() == full.metrics.keys() and none.loss.item() == 0
+    assert all(g.abs().max() == 0 for g in torch.autograd.grad(none.loss, (hidden, weight)))
+
+
+def test_on_policy_without_old_logp_is_an_error():
+    hidden, weight, targets, advantages, options = batch()
+    with pytest.raises(ValueError, match="old_logp"):
+        K.linear_policy_loss(hidden, weight, targets, advantages, on_policy=options["mask"])

@@ -1,0 +1,78 @@
+"""The Defender's head: from hidden states to log-probs, or straight to the policy loss.
+
+Plain (kernels.backend: reference): the head gives logits [B, R, V], then logprob and policy_loss. Fused, in every other case: the head's
+own forward is linear_policy_loss or linear_logprob, which hold the logits of a chunk of rows at a time. It has to be the head's forward:
+only there does ZeRO-3 hold the weight whole, and from there it takes the weight's gradient.
+Shapes: B rows, R longest response, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import aot_fast.kernels as K
+from aot_fast.defender.model import Defender
+from aot_fast.defender.packing import Batch, response_logits
+from aot_fast.engine import adapter_off
+
+
+def batch_loss(defender: Defender, batch: Batch, **options: Any) -> K.PolicyLoss:
+    """The policy loss of a micro-batch, at the sampling temperature, as at the rollout. A collective.
+
+    options: what policy_loss and linear_policy_loss both take.
+    """
+    config, targets, advantages = defender.config, batch.targets.flatten(), batch.advantages.flatten()
+    if _plain():
+        out = K.logprob(response_logits(defender.player, batch).flatten(0, 1), targets, temperature=config.temperature)
+        return K.policy_loss(out.logp, advantages, valid=out.valid, entropy=out.entropy, **options)
+    metrics = {}
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        given = hidden, weight, targets, advantages
+        made = K.linear_policy_loss(*given, temperature=config.temperature, chunk_rows=config.head_chunk_rows, **options)
+        metrics.update(made.metrics)
+        return made.loss
+
+    return K.PolicyLoss(_through_head(defender, defender.player, batch, loss), metrics)
+
+
+def reference_logp(defender: Defender, reference: Defender | None, batch: Batch) -> Tensor | None:
+    """[B * R] log-probs of the Defender before training, when the KL is on; else None."""
+    config, targets = defender.config, batch.targets.flatten()
+    if not config.beta:
+        return None
+    lora = bool(config.lora.rank)
+    owner, model = (defender, defender.player) if lora else (reference, reference.model)
+    with torch.no_grad(), adapter_off(defender.model) if lora else nullcontext():
+        if _plain():
+            return K.logprob(response_logits(model, batch).flatten(0, 1), targets, temperature=config.temperature).logp
+
+        def logp(hidden: Tensor, weight: Tensor) -> Tensor:
+            return K.linear_logprob(hidden, weight, targets, temperature=config.temperature, chunk_rows=config.head_chunk_rows).logp
+
+        return _through_head(owner, model, batch, logp)
+
+
+def _plain() -> bool:
+    return K.backend_in_force() == "reference"
+
+
+def _through_head(defender: Defender, model: Callable, batch: Batch, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`compute(hidden [B * R, H], weight [V, H])` in place of the logits, as the model returns it: what ZeRO-3 does before the head's
+    backward pass hangs on that tensor."""
+    head = defender.core.lm_head
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"defender.lora.targets: the head is a {type(head).__name__}, expected a plain Linear; leave lm_head out, "
+            "or set kernels.backend reference"
+        )
+    head.forward = lambda hidden: compute(hidden[:, :-1].flatten(0, 1), head.weight)
+    try:
+        return model(**batch.inputs, logits_to_keep=batch.targets.shape[1] + 1, use_cache=False).logits
+    finally:
+        del head.forward
