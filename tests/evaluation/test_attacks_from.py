@@ -107,7 +107,7 @@ def test_another_number_of_attacked_questions_is_refused(game, mine):
 
 
 def test_another_q_low_is_refused(game, mine):
-    assert "reward.q_low = 0.6, this run 0.5" in refused(game, mine, reward__q_low=0.5)
+    assert "reward.q_low = 0.8, this run 0.5" in refused(game, mine, reward__q_low=0.5)
 
 
 def test_an_unfinished_run_and_a_folder_that_is_none_are_refused(game, mine, tmp_path):
