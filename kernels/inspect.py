@@ -2,13 +2,16 @@
 
     python -m aot_fast.kernels.inspect [--json]
 
-The gates: no stack, no spill, no fp64 instruction, at most 232,448 bytes of shared memory, 128-bit loads in `WIDE` kernels.
+The gates: no stack, no spill, no fp64 instruction, at most 232,448 bytes of shared memory, 128-bit loads in kernels that read long rows.
+Then, without --json, the bytes that they move against the floor (traffic.py).
 """
 
 import argparse
 import importlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -66,6 +69,10 @@ def main() -> None:
             f"{row['name']:52s}" + "".join(f"{row[name]:13d}" for name in columns) + f"  {loads:16s} {', '.join(row['broken']) or 'good'}",
             flush=True,
         )
+    if not args.json:
+        print(flush=True)
+        # A process of its own: a kernel is either compiled or interpreted.
+        subprocess.run([sys.executable, "-m", f"{__package__}.traffic"], check=True)
     raise SystemExit(f"{broken} kernels break a gate" if broken else 0)
 
 

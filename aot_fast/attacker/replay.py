@@ -78,9 +78,8 @@ def replay(attacker: Attacker, items: Sequence[Item]) -> Replayed:
     steps, encodings = [item.step for item in items], [item.encoding for item in items]
     x, x_next = (torch.stack([getattr(step, name) for step in steps]) for name in ("x", "x_next"))
     levels = [step.sigma for step in steps]
-    sigma, sigma_next, sigma_max = torch.tensor(
-        [[step.sigma, step.sigma_next, step.sigma_max] for step in steps], dtype=torch.float64, device=device
-    ).T
+    # On the host: the coefficients then go to the device in one copy, where they would be thirty launches on [B] numbers each.
+    sigma, sigma_next, sigma_max = torch.tensor([[s.sigma, s.sigma_next, s.sigma_max] for s in steps], dtype=torch.float64).T
     reference = None
     if config.beta > 0:
         with torch.no_grad(), adapter_off(attacker.player.module):
@@ -111,6 +110,6 @@ def replay(attacker: Attacker, items: Sequence[Item]) -> Replayed:
         fresh=torch.tensor([item.fresh for item in items], device=device),
         kl=scored.kl,
         drift=scored.drift,
-        std=std,
-        dt=sigma_next - sigma,
+        std=std.to(device),
+        dt=(sigma_next - sigma).to(device),
     )
