@@ -297,6 +297,51 @@ def _eager_replay(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return logp.detach(), kl.detach(), *torch.autograd.grad((logp * x["up"] + 0.04 * kl).sum(), x["v"])
 
 
+def _guidance_inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype) -> Callable[[str], dict[str, Tensor]]:
+    def make(device: str) -> dict[str, Tensor]:
+        g = _random(device, 4)
+        v, v_uncond, up = (torch.randn(batch, tokens, channels, device=device, generator=g) for _ in range(3))
+        return {"v": v.to(dtype).requires_grad_(), "v_uncond": v_uncond.to(dtype).requires_grad_(), "up": up}
+
+    return make
+
+
+def _ours_guidance(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    u = K.guided_velocity(x["v"], x["v_uncond"], guidance=4.0)
+    return u.detach(), *torch.autograd.grad(u, (x["v"], x["v_uncond"]), x["up"])
+
+
+def _eager_guidance(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """As diffusers' QwenImageEditPipeline writes it, in fp32."""
+    v, v_uncond = x["v"].float(), x["v_uncond"].float()
+    mixed = v_uncond + 4.0 * (v - v_uncond)
+    u = mixed * (v.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
+    return u.detach(), *torch.autograd.grad(u, (x["v"], x["v_uncond"]), x["up"])
+
+
+def _sample_inputs(batch: int) -> Callable[[str], dict[str, Tensor]]:
+    def make(device: str) -> dict[str, Tensor]:
+        g = _random(device, 5)
+        old, advantages, kl = (torch.randn(batch, device=device, generator=g) for _ in range(3))
+        moved = old + 2e-4 * torch.randn(batch, device=device, generator=g)
+        return {"logp": moved.requires_grad_(), "old": old, "advantages": advantages, "kl": kl.abs().requires_grad_()}
+
+    return make
+
+
+def _ours_flow_loss(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    loss = K.flow_policy_loss(x["logp"], x["old"], x["advantages"], clip=1e-4, kl=x["kl"], beta=0.04).loss
+    return loss.detach(), *torch.autograd.grad(loss, (x["logp"], x["kl"]))
+
+
+def _eager_flow_loss(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The loss alone, no metrics, as flow_grpo writes it."""
+    ratio, advantages = torch.exp(x["logp"] - x["old"]), x["advantages"].clamp(-5, 5)
+    terms = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - 1e-4, 1 + 1e-4))
+    loss = terms.mean() + 0.04 * x["kl"].mean()
+    return loss.detach(), *torch.autograd.grad(loss, (x["logp"], x["kl"]))
+
+
 def flow_cases(batch: int, tokens: int, channels: int) -> list[Case]:
     inputs, num = _flow_inputs(batch, tokens, channels, torch.bfloat16), batch * tokens * channels
     shape = f"{batch} x {tokens} x {channels} bf16"
@@ -309,6 +354,21 @@ def flow_cases(batch: int, tokens: int, channels: int) -> list[Case]:
         ),
         # x, v, x_next, v_ref read twice, dv written
         Case(f"flow_logp + kl forward + backward, {shape}", inputs, {"ours": _ours_replay, "eager": _eager_replay}, num * (8 + 8 + 2)),
+        # v, v_uncond read and fp32 u written; both and the fp32 gradient read, two gradients written
+        Case(
+            f"guided_velocity forward + backward, {shape}",
+            _guidance_inputs(batch, tokens, channels, torch.bfloat16),
+            {"ours": _ours_guidance, "eager": _eager_guidance},
+            num * (2 + 2 + 4 + 2 + 2 + 4 + 2 + 2),
+        ),
+        # A launch: there is next to nothing to move
+        Case(
+            f"flow_policy_loss forward + backward, {64 * batch} samples",
+            _sample_inputs(64 * batch),
+            {"ours": _ours_flow_loss, "eager": _eager_flow_loss},
+            64 * batch * (4 * 4 + 2 * 4),
+            tolerance=1e-4,
+        ),
     ]
 
 

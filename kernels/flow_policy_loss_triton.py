@@ -16,10 +16,7 @@ from .ahead_of_time import Build
 from .flow_policy_loss import FlowPolicySettings
 from .known_gradient import attach_gradients
 from .metrics import PolicyLoss
-from .policy_loss import LOG_RATIO_LIMIT
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+from .ratio_triton import LIMIT, clamp, exp_minus
 
 SAMPLES = (512, 8)
 """Samples a step, and warps: two a thread, which keeps 17 numbers of each; four spill."""
@@ -32,24 +29,6 @@ RESULTS = (
 
 
 @triton.jit
-def _clamp(x, low, high):
-    """A NaN stays one."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
-
-
-@triton.jit
-def _exp_minus(d):
-    """e^d - 1 and e^d - 1 - d: by their series where |d| < 1/2, since both differences cancel near 0. Error under 1e-6 relative."""
-    t = 1.0 + d * (1.0 / 9)
-    for k in tl.static_range(8, 2, -1):
-        t = 1.0 + d * t * (1.0 / k)
-    t = 0.5 * d * d * t
-    direct = tl.exp2(d * LOG2E) - 1.0
-    near = tl.abs(d) < 0.5
-    return tl.where(near, d + t, direct), tl.where(near, t, direct - d)
-
-
-@triton.jit
 def _load(values, index, stride, given):
     """Values under the mask, 0 for the others, which may be NaN."""
     return tl.load(values + index * stride, mask=given, other=0.0).to(tl.float32)
@@ -58,7 +37,7 @@ def _load(values, index, stride, given):
 @triton.jit
 def _surrogate(log_ratio, advantage, divergence, clip, tau, VARIANT: tl.constexpr):
     """l + A, dl/dlog_ratio, r - 1 and what dppo drops. -A r is compared with its clipped form by what they differ in."""
-    deviation, _ = _exp_minus(_clamp(log_ratio, -LIMIT, LIMIT))
+    deviation, _ = exp_minus(clamp(log_ratio, -LIMIT, LIMIT))
     loss = -advantage * deviation
     slope = tl.where((log_ratio < -LIMIT) | (log_ratio > LIMIT), 0.0, -advantage * (1.0 + deviation))
     dropped = loss != loss
@@ -67,7 +46,7 @@ def _surrogate(log_ratio, advantage, divergence, clip, tau, VARIANT: tl.constexp
         dropped = away & (divergence >= tau)
         loss, slope = tl.where(dropped, advantage, loss), tl.where(dropped, 0.0, slope)
     else:
-        clipped = -advantage * _clamp(deviation, -clip, clip)
+        clipped = -advantage * clamp(deviation, -clip, clip)
         loss, slope = tl.where(loss < clipped, clipped, loss), tl.where(loss < clipped, 0.0, slope)
     return loss, slope, deviation, dropped
 
@@ -134,7 +113,7 @@ def _loss_kernel(
             given = inside & (tl.load(mask + index, mask=inside, other=0) != 0)
         d = _load(logp, index, 1, given) - _load(old, index, 1, given)
         wanted = _load(advantages, index, 1, given)
-        advantage = _clamp(wanted, -adv_clip, adv_clip)
+        advantage = clamp(wanted, -adv_clip, adv_clip)
         change = _load(drift, index, 1, given) if drift is not None else tl.zeros_like(d)
         s, divergence, stochastic = tl.zeros_like(d) + 1.0, tl.zeros_like(d), given
         if VARIANT != "grpo":
@@ -157,8 +136,8 @@ def _loss_kernel(
         slope = tl.where(given, slope * weight, 0.0)
         tl.store(dlogp + index, slope, mask=inside)
 
-        d = _clamp(d, -LIMIT, LIMIT)
-        _, k3 = _exp_minus(d)
+        d = clamp(d, -LIMIT, LIMIT)
+        _, k3 = exp_minus(d)
         on = given.to(tl.float32)
         clipped, low = (wanted != advantage).to(tl.float32), ((advantage < 0.0) & (deviation < -clip)).to(tl.float32)
         high, zero = ((advantage > 0.0) & (deviation > clip)).to(tl.float32), (given & (slope == 0.0)).to(tl.float32)

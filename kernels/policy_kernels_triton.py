@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-LIMIT = tl.constexpr(20.0)
+from .ratio_triton import LIMIT, clamp, exp_minus
 
 TOKENS = (128, 1)
 """Tokens a block and warps: 4 a thread, for 128-bit loads of fp32 (8 need 146 registers); one warp reduces without a barrier."""
@@ -19,24 +19,6 @@ ROWS = (
 ).split()
 """Rows of the partial sums in the order of tokens_kernel; the last one is a maximum."""
 NUM_ROWS = tl.constexpr(len(ROWS))
-
-
-@triton.jit
-def _exp_minus(x):
-    """e^x - 1 and e^x - 1 - x: by their series where |x| < 1, since both differences cancel near 0. Error under 1e-6 relative."""
-    s = 1.0 + x * (1.0 / 12)
-    for k in tl.static_range(11, 2, -1):
-        s = 1.0 + x * s * (1.0 / k)
-    s = 0.5 * x * x * s
-    one = tl.exp(x) - 1.0
-    near = tl.abs(x) < 1.0
-    return tl.where(near, x + s, one), tl.where(near, s, one - x)
-
-
-@triton.jit
-def _clamp(x, low, high):
-    """A NaN stays one."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
@@ -60,7 +42,7 @@ def _load(values, index, inside, live):
 @triton.jit
 def _surrogate(ratio, advantage, low, high):
     """u = min(r A, clip(r) A) and du/dr. Where both sides are equal each counts half, as in autograd."""
-    plain, clipped = ratio * advantage, _clamp(ratio, low, high) * advantage
+    plain, clipped = ratio * advantage, clamp(ratio, low, high) * advantage
     inside = (ratio >= low) & (ratio <= high)
     slope = tl.where(inside | (plain < clipped), advantage, tl.where(plain == clipped, 0.5 * advantage, 0.0))
     return tl.where(clipped < plain, clipped, plain), slope
@@ -79,13 +61,13 @@ def _dual_clipped(u, slope, advantage, dual_clip):
 def _kl(q, KL: tl.constexpr):
     """The estimate of KL(new || ref) from q = ref - logp, and its derivative by logp."""
     inside = (q >= -LIMIT) & (q <= LIMIT)
-    q = _clamp(q, -LIMIT, LIMIT)
+    q = clamp(q, -LIMIT, LIMIT)
     if KL == "k1":
         value, slope = -q, tl.where(inside, 1.0, 0.0)
     elif KL == "k2":
         value, slope = 0.5 * q * q, tl.where(inside, -q, 0.0)
     else:
-        one, value = _exp_minus(q)
+        one, value = exp_minus(q)
         slope = tl.where(inside, -one, 0.0)
     return value, slope
 
@@ -163,10 +145,10 @@ def tokens_kernel(
     w = live.to(tl.float32) if weight is None else _load(weight, index, inside, live)
     d = x - (x if old is None else _load(old, index, inside, live))
     log_ratio = d if sequence_log_ratio is None else _load(sequence_log_ratio, index, inside, live)
-    ratio = tl.exp(_clamp(log_ratio, -LIMIT, LIMIT))
+    ratio = tl.exp(clamp(log_ratio, -LIMIT, LIMIT))
     dual = tl.zeros([BLOCK], tl.int1)
     if LOSS == "cispo":
-        slope = _clamp(ratio, ratio_low, ratio_high) * advantage
+        slope = clamp(ratio, ratio_low, ratio_high) * advantage
         u = slope * x
     else:
         u, slope = _surrogate(ratio, advantage, ratio_low, ratio_high)
@@ -191,8 +173,8 @@ def tokens_kernel(
     tl.store(gradient + index, dlogp, mask=inside)
 
     low, high = (advantage < 0.0) & (ratio < ratio_low), (advantage > 0.0) & (ratio > ratio_high)
-    d = _clamp(d, -LIMIT, LIMIT)
-    _, k3 = _exp_minus(d)
+    d = clamp(d, -LIMIT, LIMIT)
+    _, k3 = exp_minus(d)
     zero, masked, invalid = live & (dlogp == 0.0), inside & (given == 0), given & (live == 0)
     sums = (
         -w * u,
@@ -254,7 +236,7 @@ def sequences_kernel(
         zero = tl.zeros([BLOCK], tl.float32)
         length = tl.maximum(tl.sum(count, axis=0), 1.0)
         mean = zero + tl.sum(total, axis=0) / length
-        ratio = tl.exp(_clamp(mean, -LIMIT, LIMIT))
+        ratio = tl.exp(clamp(mean, -LIMIT, LIMIT))
         total = zero
         if log_ratio is not None:
             for first in range(start, stop, BLOCK):
