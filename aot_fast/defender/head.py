@@ -8,8 +8,8 @@ Shapes: B rows, R longest response, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import aot_fast.kernels as K
 from aot_fast.defender.model import Defender
 from aot_fast.defender.packing import Batch, response_logits
 from aot_fast.engine import adapter_off
+from aot_fast.kernels.gemm import product
 
 
 def batch_loss(defender: Defender, batch: Batch, **options: Any) -> K.PolicyLoss:
@@ -56,6 +57,24 @@ def reference_logp(defender: Defender, reference: Defender | None, batch: Batch)
             return K.linear_logprob(hidden, weight, targets, temperature=config.temperature, chunk_rows=config.head_chunk_rows).logp
 
         return _through_head(owner, model, batch, logp)
+
+
+@contextmanager
+def rollout_logits(defender: Defender) -> Iterator[None]:
+    """Inside, a head in half precision gives fp32 logits, as the fused loss forms them; the plain one takes the rounded ones.
+
+    Rounded to bf16, the rollout's log-probs would differ from the trainer's by up to 0.02 (small Defender, temperature 1.5), and that is
+    where the ratio starts from.
+    """
+    head = defender.core.lm_head
+    if _plain() or head.weight.dtype.itemsize > 2 or type(head) is not nn.Linear:
+        yield
+        return
+    head.forward = lambda hidden: product(hidden.flatten(0, -2), head.weight.T, torch.float32).unflatten(0, hidden.shape[:-1])
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def _plain() -> bool:

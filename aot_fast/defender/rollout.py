@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from aot_fast.data.schema import Example
+from aot_fast.defender.head import rollout_logits
 from aot_fast.defender.model import Defender
 from aot_fast.defender.packing import left_pad
 from aot_fast.defender.prompt import Prompt, encode
@@ -48,9 +49,10 @@ def sample(defender: Defender, examples: Sequence[Example], seeds: Sequence[int]
     """
     per_batch = max(1, defender.config.rollout_batch // sampling.num_samples)
     groups = []
-    for i in range(0, len(examples), per_batch):
-        prompts = [encode(defender, example) for example in examples[i : i + per_batch]]
-        groups += _sample_batch(defender, prompts, seeds[i : i + per_batch], sampling)
+    with rollout_logits(defender):
+        for i in range(0, len(examples), per_batch):
+            prompts = [encode(defender, example) for example in examples[i : i + per_batch]]
+            groups += _sample_batch(defender, prompts, seeds[i : i + per_batch], sampling)
     return groups
 
 
