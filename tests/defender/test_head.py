@@ -80,7 +80,7 @@ def test_twenty_updates_are_the_plain_ones(backend, changes, defender_folder, ru
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_in_bf16_the_rollouts_logp_is_the_trainers(backend, runtime):
-    """DESIGN.md rule 4, with the bundled Defender: both form logits from the same hidden states in the same precision. Logits of 20 in bf16 are
+    """DESIGN.md rule 4, with the bundled Defender: both form logits from the same states in the same precision. Logits of 20 in bf16 are
     off by 2^-4; what is left here is a hidden state that rounds differently."""
     folder = model_folder("asset:tiny/defender", "", "")
     defender = load_frozen(folder, defender_config_of(folder), replace(runtime, dtype=torch.bfloat16))
