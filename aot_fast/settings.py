@@ -226,6 +226,9 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
         )
     if d.group_size < 2:
         yield "defender.group_size", d.group_size, "a group of one has no advantage", "use at least 2"
+    if any(name.endswith("lm_head") for name in d.lora.targets) and c.kernels.backend != "reference":
+        fix = "leave it out, or set kernels.backend reference"
+        yield "defender.lora.targets", list(d.lora.targets), "lm_head ends in the loss itself and takes no adapter", fix
     if d.overlong_buffer >= d.max_response_tokens:
         yield "defender.overlong_buffer", d.overlong_buffer, f"must be below max_response_tokens = {d.max_response_tokens}", "lower it"
     if c.curation.clean_share + c.curation.replay_share >= 1:

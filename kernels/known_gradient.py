@@ -37,10 +37,9 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         scaled: list[Tensor | None] = []
         for gradient, dtype, buffer in zip(ctx.saved_tensors, ctx.dtypes, ctx.into):
-            scale = upstream.to(gradient.dtype)
-            if buffer is None:
-                scaled.append((gradient * scale).to(dtype))
+            if buffer is None:  # a 0-d factor is not rounded to the gradient's dtype
+                scaled.append(torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype)))
             else:
-                buffer.addcmul_(gradient, scale)
+                buffer.addcmul_(gradient, upstream.to(gradient.dtype))
                 scaled.append(None)
         return None, None, *scaled, *(None for _ in scaled)

@@ -109,6 +109,7 @@ class _LinearLogProb(torch.autograd.Function):
             # A row without upstream gradient may hold anything; 0 * NaN would reach dweight through the GEMM.
             live = (part.valid & ((dlogp[rows] != 0) | (dentropy[rows] != 0))).unsqueeze(1)
             h = torch.where(live, hidden[rows], 0)
+            logits = dlogits = None  # the last chunk's go before the next one's come
             logits = chunk_logits(h, matrix, head.logits_dtype)
             dlogits = passes.logit_gradient(logits, targets[rows], part, dlogp[rows], dentropy[rows], head.temperature, hidden.dtype)
             gradients.add(rows, h, dlogits)

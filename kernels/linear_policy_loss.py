@@ -78,7 +78,7 @@ def linear_policy_loss(
     policy_loss. gspo chunks end where sequences end; the log-probs of a sequence longer than chunk_rows are formed in a pass of their own
     (4 GEMMs for it). With num_tokens or num_sequences None the local count is that of rows under the mask with a target in [0, V).
     dweight_out: [V, H] fp32 (fp64 for fp64 weights), owned by the caller: each backward pass adds the weight's gradient to it, and the
-    weight gets none; needs weight.requires_grad. Otherwise the gradient is cast to the weight's dtype at the end of the call.
+    weight gets none; needs weight.requires_grad. Otherwise the backward pass casts the gradient, kept in fp32, to the weight's dtype.
     Which of the two gradients is needed is decided here: a frozen weight or hidden skips its GEMM, and without grad it is one GEMM. The
     backward pass may be repeated (retain_graph); do not put the operator inside a checkpointed region. One host read of the row counts
     (gspo: and of the sequence lengths). Metrics include sum/entropy. Raises ValueError on a wrong shape, dtype, choice or range.
@@ -187,6 +187,7 @@ def _unit(
     for piece in pieces:
         index = rows[piece.start : piece.stop]
         states = hidden[index]
+        logits = None  # the last chunk's go before the next one's come
         logits = chunk_logits(states, matrix, head.logits_dtype)
         blocks.append(passes.rows.row_stats(logits, targets[index], head.temperature))
     stats = RowStats(*(torch.cat(parts) for parts in zip(*blocks)))
@@ -195,7 +196,7 @@ def _unit(
     mismatch = {}
     if part.on_policy is not None:
         old, mismatch = settled_old(stats.logp, part.old_logp, part.on_policy, part.on_policy & stats.valid)
-        part = part._replace(old_logp=old)
+        part = part._replace(old_logp=old, on_policy=None)
     value, dlogp, dentropy, metrics = passes.loss_and_gradients(stats.logp, stats.entropy, part, s)
     metrics |= mismatch
     metrics["count/invalid"] = (~stats.valid).sum()
@@ -205,6 +206,7 @@ def _unit(
             break
         if len(pieces) > 1:  # this chunk's logits are gone: the long sequence needed all log-probs first
             states = hidden[rows[piece.start : piece.stop]]
+            logits = dlogits = None
             logits = chunk_logits(states, matrix, head.logits_dtype)
         span = slice(piece.start, piece.start + size)
         index, row_part = rows[span], RowStats(*(field[span] for field in stats))

@@ -118,7 +118,7 @@ def policy_loss(
 
 def settled_old(logp: Tensor, old: Tensor, on_policy: Tensor, compared: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """old, with logp in its place where the policy has not moved; and how far they are apart where they are compared, [N] bool."""
-    return torch.where(on_policy, logp.to(old.dtype), old), {"max/logp_mismatch": masked_max((logp - old).abs(), compared)}
+    return torch.where(on_policy, logp, old), {"max/logp_mismatch": masked_max((logp - old).abs(), compared)}
 
 
 def check_policy(

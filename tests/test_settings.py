@@ -56,6 +56,10 @@ def test_off_is_a_word_and_false_is_none(tmp_path):
         (["--defender.microbatch", "0"], ["defender.microbatch", "positive"]),
         (["--curation.clean_share", "1.5"], ["curation.clean_share", "[0, 1]"]),
         (["--defender.group_size", "1"], ["defender.group_size", "at least 2"]),
+        (
+            ["--defender.lora.rank", "8", "--defender.lora.targets", "[q_proj,lm_head]"],
+            ["defender.lora.targets", "lm_head", "leave it out"],
+        ),
         (["--defender.temperature", "0"], ["defender.temperature", "positive"]),
         (["--run.name", "../elsewhere"], ["run.name", "folder name"]),
         (["--data.train", "questions.csv"], ["data.train", ".jsonl"]),

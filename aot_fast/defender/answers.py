@@ -9,6 +9,7 @@ import torch
 import aot_fast.kernels as K
 from aot_fast.data.answers import score
 from aot_fast.data.schema import Answer, Example
+from aot_fast.defender.head import rollout_logits
 from aot_fast.defender.model import Defender
 from aot_fast.defender.packing import Row, collate, response_logits
 from aot_fast.defender.prompt import encode
@@ -53,6 +54,7 @@ def likelihood(defender: Defender) -> Likelihood:
 def _probabilities(defender: Defender, pairs: Sequence[tuple[Example, Response]]) -> list[float]:
     rows = [Row(encode(defender, example), answer.ids, answer.logp, 0.0, i) for i, (example, answer) in enumerate(pairs)]
     batch = collate(rows, defender.tokenizer.pad_token_id, defender.core.config.image_token_id, defender.runtime.device)
-    logits = response_logits(defender.core, batch)
+    with rollout_logits(defender):
+        logits = response_logits(defender.core, batch)
     logp = K.logprob(logits.flatten(0, 1), batch.targets.flatten()).logp.view(batch.targets.shape)
     return torch.where(batch.mask, logp, 0.0).sum(-1).exp().tolist()

@@ -19,7 +19,7 @@ import aot_fast.kernels as K
 from aot_fast.defender.model import Defender
 from aot_fast.defender.packing import Batch, response_logits
 from aot_fast.engine import adapter_off
-from aot_fast.kernels.gemm import product
+from aot_fast.kernels.gemm import gemm_operand, product
 
 
 def batch_loss(defender: Defender, batch: Batch, **options: Any) -> K.PolicyLoss:
@@ -70,7 +70,8 @@ def rollout_logits(defender: Defender) -> Iterator[None]:
     if _plain() or head.weight.dtype.itemsize > 2 or type(head) is not nn.Linear:
         yield
         return
-    head.forward = lambda hidden: product(hidden.flatten(0, -2), head.weight.T, torch.float32).unflatten(0, hidden.shape[:-1])
+    matrix = gemm_operand(head.weight)
+    head.forward = lambda hidden: product(hidden.flatten(0, -2), matrix.T, torch.float32).unflatten(0, hidden.shape[:-1])
     try:
         yield
     finally:
@@ -87,7 +88,7 @@ def _through_head(defender: Defender, model: Callable, batch: Batch, compute: Ca
     head = defender.core.lm_head
     if type(head) is not nn.Linear:
         raise ValueError(
-            f"defender.lora.targets: the head is a {type(head).__name__}, expected a plain Linear; leave lm_head out, "
+            f"defender.lora.targets: lm_head is a {type(head).__module__}.{type(head).__name__}, expected torch's Linear; leave it out, "
             "or set kernels.backend reference"
         )
     head.forward = lambda hidden: compute(hidden[:, :-1].flatten(0, 1), head.weight)

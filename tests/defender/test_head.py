@@ -19,6 +19,8 @@ from tests.models import defender_config_of, scene_examples
 
 NUM_UPDATES = 20
 TOLERANCE = 1e-5
+ENGINE = EngineConfig(timeout_s=60, persistence_threshold=0)
+"""Nothing stays gathered: the small head would, and a large one does not."""
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4)
 """eps: the gradient of the key biases is nothing but rounding, for a softmax does not see them; with 1e-8 Adam would make steps of it."""
 
@@ -27,7 +29,7 @@ def train(backend, folder, runtime, **changes):
     """Rows of metrics and whole parameters after NUM_UPDATES updates on recorded groups, one of which is always on-policy."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    defender = load_defender(defender_config_of(folder, microbatch=12, optimizer=OPTIMIZER, **changes), EngineConfig(timeout_s=60), runtime)
+    defender = load_defender(defender_config_of(folder, microbatch=12, optimizer=OPTIMIZER, **changes), ENGINE, runtime)
     groups, rows = recorded_groups(folder, runtime, version=-1), []
     with K.backend(backend):
         for step in range(NUM_UPDATES):

@@ -281,3 +281,17 @@ def test_on_policy_without_old_logp_is_an_error():
     hidden, weight, targets, advantages, options = batch()
     with pytest.raises(ValueError, match="old_logp"):
         K.linear_policy_loss(hidden, weight, targets, advantages, on_policy=options["mask"])
+
+
+def test_on_policy_ratio_is_one_whatever_precision_was_recorded():
+    logp, recorded = torch.randn(50), torch.randn(50).bfloat16()
+    out = K.policy_loss(logp, torch.randn(50), old_logp=recorded, on_policy=torch.ones(50, dtype=torch.bool))
+    assert out.metrics["max/ratio_deviation"] == 0
+
+
+def test_an_upstream_scalar_is_not_rounded_to_bf16():
+    from aot_fast.kernels.known_gradient import attach_gradients
+
+    known, leaf = torch.randn(200).bfloat16(), torch.zeros(200, dtype=torch.bfloat16, requires_grad=True)
+    attach_gradients(torch.zeros(()), (leaf,), (known,)).backward(torch.tensor(1.003))
+    assert torch.equal(leaf.grad, (known.float() * 1.003).bfloat16())
