@@ -1,4 +1,5 @@
 # make demo: plays the small game and prints where its report is.   make test: the CPU test suite.
+# make sanitize: the C++ operators' tests under the address and undefined-behaviour sanitizers.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,14 +9,15 @@ GPUS := $(or $(CUDA),0)
 REQUIREMENTS := $(if $(filter-out 0,$(GPUS)),requirements-gpu.txt,requirements.txt)
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
-$(STAMP): requirements.txt requirements-gpu.txt setup.py
+$(STAMP): requirements.txt requirements-gpu.txt setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/pip install --quiet $$(grep -E '^(torch|triton)==' requirements.txt)
 	$(BIN)/pip install --quiet -r $(REQUIREMENTS)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	$(BIN)/python -m aot_fast.kernels.native
 	touch $@
 
 demo: $(STAMP)
@@ -26,6 +28,15 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-enable -q $(PYTEST_ARGS)
+
+SANITIZERS := -fsanitize=address,undefined
+sanitize: $(STAMP)
+	CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" $(BIN)/python setup.py -q build_ext \
+		--build-temp build/sanitize/temp --build-lib build/sanitize
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		AOT_FAST_CSRC_LIBRARY=$$(ls $(CURDIR)/build/sanitize/aot_fast/kernels/_cpu*.so) TRITON_INTERPRET=0 \
+		$(BIN)/python -m pytest tests/kernels -m "not gpu" -k csrc $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,12 +1,19 @@
-"""Packaging. Never needs torch: the base install is the kernels alone (torch, triton), the extra `game` is the rest."""
+"""Packaging. Never needs torch: the base install is the kernels alone (torch, triton), the extra `game` is the rest.
 
+With torch and a compiler at hand the operators of csrc/cpu are built too: pip install --no-build-isolation . (AOT_FAST_CSRC=0 leaves them
+out).
+"""
+
+import os
 import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+COMPILE = ["-O3", "-g0", "-fno-math-errno", "-fopenmp", "-Wno-psabi"]
 
 
 class BuildPy(build_py):
@@ -25,6 +32,66 @@ class BuildPy(build_py):
             shutil.copy2(source, target / source.name)
 
 
+CUDA_COMPILE = ["-O3", "-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def skipped(what: str, reason: object) -> None:
+    instead = {"csrc/cpu": "the operators run in plain torch on a CPU", "csrc/cuda": "Triton's run on a GPU"}[what]
+    print(f"aot_fast: {what} skipped, {instead}: {reason}", flush=True)
+
+
+def files(folder: str, *suffixes: str) -> list[str]:
+    """Relative to setup.py, as setuptools wants them."""
+    return sorted(str(path.relative_to(ROOT)) for suffix in suffixes for path in (ROOT / "csrc" / folder).glob(f"*.{suffix}"))
+
+
+def extensions() -> tuple[list, type]:
+    """What of csrc can be built here, and the command that does; none where torch cannot be imported, as in an isolated build."""
+    if os.environ.get("AOT_FAST_CSRC") == "0":
+        skipped("csrc/cpu", "AOT_FAST_CSRC=0")
+        return [], build_ext
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    except ImportError as error:
+        skipped("csrc/cpu", f"{error} (pip install --no-build-isolation . builds against the torch that is installed)")
+        return [], build_ext
+
+    class BuildExt(BuildExtension):
+        """A machine without a compiler gets everything else."""
+
+        def build_extension(self, extension):
+            what = "csrc/" + extension.name.rpartition("._")[2]
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                skipped(what, error)
+            else:
+                print(f"aot_fast: {what} built", flush=True)
+
+    cpu = files("cpu", "h", "inc")
+    options = {"extra_compile_args": COMPILE, "extra_link_args": ["-fopenmp"]}
+    made = [CppExtension("aot_fast.kernels._cpu", files("cpu", "cpp"), depends=cpu, optional=True, **options)]
+    if torch.version.cuda is None:
+        skipped("csrc/cuda", "this torch has no CUDA")
+    elif CUDA_HOME is None:
+        skipped("csrc/cuda", "no nvcc (CUDA_HOME)")
+    else:
+        compile_args = {"cxx": ["-O3", "-g0"], "nvcc": CUDA_COMPILE}
+        made.append(
+            CUDAExtension(
+                "aot_fast.kernels._cuda",
+                files("cuda", "cpp", "cu"),
+                depends=files("cuda", "h"),
+                optional=True,
+                extra_compile_args=compile_args,
+            )
+        )
+    return made, BuildExt
+
+
+EXTENSIONS, BUILD_EXT = extensions()
+
 setup(
     name="aot_fast",
     version="0.1.0",
@@ -35,7 +102,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["aot_fast", "aot_fast.*"]),
     package_data={"aot_fast": ["configs/*.yaml", "report/*.html", "report/*.css", "assets/**/*"]},
-    cmdclass={"build_py": BuildPy},
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_py": BuildPy, "build_ext": BUILD_EXT},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "game": [

@@ -326,8 +326,9 @@ class MetricsConfig:
 class KernelsConfig:
     """Which implementation of the operators is used."""
 
-    backend: Literal["auto", "reference", "triton"] = "auto"
-    """auto: Triton for CUDA tensors, plain torch for others. reference: plain torch, and the Defender's loss from all logits at once."""
+    backend: Literal["auto", "reference", "triton", "csrc"] = "auto"
+    """auto: Triton for CUDA tensors, C++ for CPU tensors where csrc is built, else plain torch. reference: plain torch, and the Defender's
+    loss from all logits at once."""
 
 
 @dataclass(frozen=True)

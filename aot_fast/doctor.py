@@ -19,6 +19,7 @@ from aot_fast.engine import close_runtime, open_runtime
 from aot_fast.evaluation.matrix import integrity as summary_of
 from aot_fast.evaluation.summary import versions
 from aot_fast.evaluation.tables import Edit
+from aot_fast.kernels import native
 from aot_fast.kernels.dispatch import HAS_TRITON
 from aot_fast.models import model_folder
 
@@ -47,7 +48,9 @@ def examine(config: Config) -> int:
 def operators(config: Config, device: torch.device) -> str:
     if config.kernels.backend == "reference":
         return "plain torch, all logits at once"
-    return "Triton" if device.type == "cuda" and HAS_TRITON else "plain torch"
+    if config.kernels.backend == "triton" or (device.type == "cuda" and HAS_TRITON):
+        return "Triton"
+    return native.description()
 
 
 def device_name() -> str:

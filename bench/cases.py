@@ -81,6 +81,25 @@ def _eager_logprob_training(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return logp.detach(), *torch.autograd.grad(logp, x["logits"], x["up"])
 
 
+def _ours_scored(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    out = K.logprob(x["logits"], x["targets"])
+    (gradient,) = torch.autograd.grad((out.logp * x["up"]).sum() + 0.1 * out.entropy.sum(), x["logits"])
+    return out.logp.detach(), out.entropy.detach(), gradient
+
+
+def _eager_scored(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    log_p = torch.log_softmax(x["logits"].float(), -1)
+    logp, entropy = log_p.gather(1, x["targets"][:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    (gradient,) = torch.autograd.grad((logp * x["up"]).sum() + 0.1 * entropy.sum(), x["logits"])
+    return logp.detach(), entropy.detach(), gradient
+
+
+def scored_cases(num_rows: int, vocabulary: int) -> list[Case]:
+    inputs, size = _logit_inputs(num_rows, vocabulary, torch.float32), 4 * num_rows * vocabulary
+    name = f"logprob with entropy forward + backward, {num_rows} x {vocabulary} fp32"
+    return [Case(name, inputs, {"ours": _ours_scored, "eager": _eager_scored}, 3 * size, tolerance=1e-5)]
+
+
 def logprob_cases(num_rows: int, vocabulary: int) -> list[Case]:
     inputs, size = _logit_inputs(num_rows, vocabulary, torch.bfloat16), 2 * num_rows * vocabulary
     shape = f"{num_rows} x {vocabulary} bf16"
@@ -232,7 +251,61 @@ def policy_cases(num_groups: int, group_size: int, tokens: int) -> list[Case]:
     return [Case(name, inputs, {"ours": _ours_policy, "eager": _eager_policy}, num * (4 + 4 + 4 + 1 + 4 + 4 + 4), tolerance=1e-5)]
 
 
+def _tokens_only(num: int) -> Callable[[str], dict[str, Tensor]]:
+    def make(device: str) -> dict[str, Tensor]:
+        g = _random(device, 6)
+        logp = -torch.rand(num, device=device, generator=g)
+        old, advantages = logp + 0.1 * torch.randn(num, device=device, generator=g), torch.randn(num, device=device, generator=g)
+        mask = torch.rand(num, device=device, generator=g) > 0.1
+        return {"logp": logp.requires_grad_(), "old": old, "advantages": advantages, "mask": mask}
+
+    return make
+
+
+def _ours_token_loss(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    loss = K.policy_loss(x["logp"], x["advantages"], old_logp=x["old"], mask=x["mask"]).loss
+    return loss.detach(), *torch.autograd.grad(loss, x["logp"])
+
+
+def _eager_token_loss(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """With the metrics of ours that cost a pass, as trainers log them."""
+    mask, advantages, count = x["mask"], x["advantages"], x["mask"].sum()
+    d = (x["logp"] - x["old"]).clamp(-20, 20)
+    ratio = torch.exp(d)
+    u = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    u = torch.where(advantages < 0, torch.maximum(u, 3 * advantages), u)
+    loss = -torch.where(mask, u, 0).sum() / count
+    with torch.no_grad():
+        low, high = (advantages < 0) & (ratio < 0.8), (advantages > 0) & (ratio > 1.28)
+        metrics = [(mask & low).sum(), (mask & high).sum(), (mask & (advantages < 0) & (ratio > 3)).sum()]
+        sums = ratio, -d, torch.expm1(d) - d, advantages, advantages.square()
+        metrics += [torch.where(mask, value, 0).sum() for value in sums] + [torch.where(mask, (ratio - 1).abs(), 0).amax()]
+    return loss.detach(), *torch.autograd.grad(loss, x["logp"])
+
+
+def _bare_token_loss(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The loss alone."""
+    ratio, advantages = torch.exp((x["logp"] - x["old"]).clamp(-20, 20)), x["advantages"]
+    u = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    u = torch.where(advantages < 0, torch.maximum(u, 3 * advantages), u)
+    loss = -torch.where(x["mask"], u, 0).sum() / x["mask"].sum()
+    return loss.detach(), *torch.autograd.grad(loss, x["logp"])
+
+
+def token_cases(num: int) -> list[Case]:
+    providers = {"ours": _ours_token_loss, "eager": _eager_token_loss, "eager, no metrics": _bare_token_loss}
+    name, compiled = f"policy_loss forward + backward, {num} tokens", ("eager", "eager, no metrics")
+    return [Case(name, _tokens_only(num), providers, num * 25, tolerance=1e-5, compiled=compiled)]
+
+
 # flow_step and flow_logp
+
+
+def replay_cases(batch: int, tokens: int, channels: int) -> list[Case]:
+    num = batch * tokens * channels
+    name = f"flow_logp + kl forward + backward, {batch} x {tokens} x {channels} fp32"
+    inputs = _flow_inputs(batch, tokens, channels, torch.float32)
+    return [Case(name, inputs, {"ours": _ours_replay, "eager": _eager_replay}, num * 36, tolerance=1e-5)]
 
 
 def _flow_inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype) -> Callable[[str], dict[str, Tensor]]:
@@ -243,6 +316,7 @@ def _flow_inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype) -> 
         seeds = torch.arange(batch, device=device) + 12345
         step = K.flow_step(x, v, sigma, following, eta=0.7, seeds=seeds)
         given = {"x": x, "v": v.requires_grad_(), "v_ref": v_ref, "x_next": step.x_next, "sigma": sigma, "next": following, "seeds": seeds}
+        given["up_kl"] = torch.full((batch,), 0.04, device=device)
         return given | {"up": torch.randn(batch, device=device, generator=g), "noise": torch.randn(x.shape, device=device, generator=g)}
 
     return make
@@ -285,7 +359,7 @@ def _eager_step_random(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 def _ours_replay(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
     out = K.flow_logp(x["x"], x["v"], x["x_next"], x["sigma"], x["next"], dynamics="flow_sde", eta=0.7, v_ref=x["v_ref"])
-    return out.logp.detach(), out.kl.detach(), *torch.autograd.grad((out.logp * x["up"] + 0.04 * out.kl).sum(), x["v"])
+    return out.logp.detach(), out.kl.detach(), *torch.autograd.grad((out.logp, out.kl), x["v"], (x["up"], x["up_kl"]))
 
 
 def _eager_replay(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -294,7 +368,7 @@ def _eager_replay(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
     mean_ref = a * x["x"].float() + b * x["v_ref"].float()
     logp = _log_density(x["x_next"].float() - mean, std)
     kl = ((mean - mean_ref) ** 2).mean((1, 2)) / (2 * std.flatten() ** 2)
-    return logp.detach(), kl.detach(), *torch.autograd.grad((logp * x["up"] + 0.04 * kl).sum(), x["v"])
+    return logp.detach(), kl.detach(), *torch.autograd.grad((logp, kl), x["v"], (x["up"], x["up_kl"]))
 
 
 def _guidance_inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype) -> Callable[[str], dict[str, Tensor]]:
@@ -386,4 +460,8 @@ def all_cases(device: str) -> list[Case]:
         *head_cases(2048, 1024, 32_000, torch.float32, chunk_rows=512),
         *policy_cases(64, 8, 512),
         *flow_cases(4, 1024, 64),
+        *scored_cases(512, 32_000),
+        *(case for num in (4096, 262_144) for case in token_cases(num)),
+        *replay_cases(1, 64, 64),
+        *replay_cases(4, 1024, 64),
     ]

@@ -1,7 +1,8 @@
 """Which implementation of an operator runs.
 
 IMPLEMENTATIONS names every one of them: backend -> operator -> "module:function" beside this file. The modules are imported on first use.
-By default CUDA tensors go to triton and all others to the reference. Triton has no fp64: such inputs go to the reference on every device.
+By default CUDA tensors go to triton, CPU tensors to csrc where it is built, and all others to the reference. Neither has fp64: such inputs
+go to the reference on every device.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -39,6 +41,17 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "flow_logp": "flow_step_triton:flow_logp_triton",
         "flow_policy_loss": "flow_policy_loss_triton:flow_policy_loss_triton",
     },
+    "csrc": {
+        "logprob": "native:logprob_csrc",
+        "linear_logprob": "native:linear_logprob_csrc",
+        "linear_policy_loss": "native:linear_policy_loss_csrc",
+        "group_advantage": "native:group_advantage_csrc",
+        "policy_loss": "native:policy_loss_csrc",
+        "guided_velocity": "native:guided_velocity_csrc",
+        "flow_step": "native:flow_step_csrc",
+        "flow_logp": "native:flow_logp_csrc",
+        "flow_policy_loss": "native:flow_policy_loss_csrc",
+    },
 }
 
 fallbacks: Counter[tuple[str, str]] = Counter()
@@ -47,6 +60,7 @@ fallbacks: Counter[tuple[str, str]] = Counter()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _loaded: dict[str, Callable] = {}
+_modules: dict[str, ModuleType] = {}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("aot_fast_backend", default=None)
 
@@ -55,8 +69,10 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("aot_fast_b
 def backend(name: str) -> Iterator[None]:
     """Forces a backend inside the block (in this thread), whatever AOT_FAST_BACKEND says.
 
-    name: a key of IMPLEMENTATIONS, or "auto" for the choice by device. Raises ValueError on any other name.
+    name: a key of IMPLEMENTATIONS, or "auto" for the choice by device. Raises ValueError on any other name, and on csrc if it is not built.
     """
+    if name == "csrc":
+        _require_csrc()
     token = _forced.set(_known(name, "backend"))
     try:
         yield
@@ -67,17 +83,17 @@ def backend(name: str) -> Iterator[None]:
 def implementation(operator: str, *inputs: Tensor | None) -> Callable:
     """The function that runs `operator` on these inputs under the backend in force.
 
-    Raises ValueError where triton is forced on a device that it cannot run on.
+    Raises ValueError where triton or csrc is forced on a device that it cannot run on, and where csrc is forced but not built.
     """
     name = backend_in_force()
     given = [t for t in inputs if t is not None]
-    if name == "auto":
-        name = "triton" if HAS_TRITON and given and given[0].is_cuda else "reference"
-    if name == "triton":
-        if any(t.dtype == torch.float64 for t in given):
-            name = "reference"
-        elif given and not given[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"backend: given 'triton' for a tensor on {given[0].device}, expected a CUDA tensor (or TRITON_INTERPRET=1)")
+    forced = name != "auto"
+    if not forced:
+        name = _by_device(given)
+    if name != "reference" and any(t.dtype == torch.float64 for t in given):
+        name = "reference"
+    elif forced and given:
+        _check_device(name, given[0])
     path = IMPLEMENTATIONS[name].get(operator)
     if path is None:
         if not fallbacks[name, operator]:
@@ -85,6 +101,26 @@ def implementation(operator: str, *inputs: Tensor | None) -> Callable:
         fallbacks[name, operator] += 1
         path = IMPLEMENTATIONS["reference"][operator]
     return _load(path)
+
+
+def _by_device(given: list[Tensor]) -> str:
+    if given and given[0].is_cuda:
+        return "triton" if HAS_TRITON else "reference"
+    return "csrc" if given and given[0].device.type == "cpu" and csrc_problem() is None else "reference"
+
+
+def _check_device(name: str, first: Tensor) -> None:
+    if name == "triton" and not first.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend: given 'triton' for a tensor on {first.device}, expected a CUDA tensor (or TRITON_INTERPRET=1)")
+    if name == "csrc" and first.device.type != "cpu":
+        raise ValueError(f"backend: given 'csrc' for a tensor on {first.device}, expected a CPU tensor")
+    if name == "csrc":
+        _require_csrc()
+
+
+def _require_csrc() -> None:
+    if csrc_problem() is not None:
+        raise ValueError(f"backend: given 'csrc', expected one that is there: {csrc_problem()}")
 
 
 def _constant(function: Callable) -> Callable:
@@ -97,6 +133,14 @@ def _constant(function: Callable) -> Callable:
 def backend_in_force() -> str:
     """A key of IMPLEMENTATIONS, or "auto": what `backend` or AOT_FAST_BACKEND asks for."""
     return _forced.get() or _known(os.environ.get("AOT_FAST_BACKEND") or "auto", "AOT_FAST_BACKEND")
+
+
+@_constant
+def csrc_problem() -> str | None:
+    """Why the C++ operators cannot be used, or None."""
+    if "native" not in _modules:  # an import statement costs 10 us even where the module is there
+        _modules["native"] = importlib.import_module(".native", __package__)
+    return _modules["native"].problem()
 
 
 def _load(path: str) -> Callable:

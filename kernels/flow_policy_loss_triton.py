@@ -13,19 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .ahead_of_time import Build
-from .flow_policy_loss import FlowPolicySettings
-from .known_gradient import attach_gradients
+from .flow_operators import empty_flow_loss, fake_flow_loss, flow_policy_loss_by
 from .metrics import PolicyLoss
 from .ratio_triton import LIMIT, clamp, exp_minus
 
 SAMPLES = (512, 8)
 """Samples a step, and warps: two a thread, which keeps 17 numbers of each; four spill."""
-
-RESULTS = (
-    "loss count/samples count/masked count/advantage_clipped count/clip_low count/clip_high count/dropped count/zero_coefficient "
-    "sum/ratio sum/kl_k1 sum/kl_k3 sum/advantage sum/advantage_squared sum/kl sum/drift unused max/ratio_deviation"
-).split()
-"""What _loss_kernel writes, in its order."""
 
 
 @triton.jit
@@ -171,7 +164,7 @@ def _flow_policy_loss(
     variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RESULTS; dL/dlogp, dL/dkl and dL/ddrift, empty where there is none."""
-    outputs = _empty(logp, beta is not None, variant)
+    outputs = empty_flow_loss(logp, beta is not None, variant)
     results, dlogp, dkl, ddrift = outputs
     _loss_kernel[(1,)](
         *(logp, old, advantages, kl, drift, std, dt, mask, number, results, dlogp),
@@ -186,45 +179,12 @@ def _flow_policy_loss(
     return outputs
 
 
-def _empty(logp: Tensor, with_kl: bool, variant: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = len(logp)
-    sizes = len(RESULTS), n, n if with_kl else 0, n if variant == "guard" else 0
-    return tuple(torch.empty(size, dtype=torch.float32, device=logp.device) for size in sizes)
+_flow_policy_loss.register_fake(fake_flow_loss)
 
 
-@_flow_policy_loss.register_fake
-def _(logp, old, advantages, kl, drift, std, dt, mask, number, fixed, clip, beta, tau, adv_clip, variant):
-    return _empty(logp, beta is not None, variant)
-
-
-def _row(t: Tensor | None) -> Tensor | None:
-    """Samples, or a number, as the kernel reads them: contiguous, without a graph, not in fp64."""
-    return None if t is None else t.detach().to(torch.float32 if t.dtype == torch.float64 else t.dtype).contiguous()
-
-
-def flow_policy_loss_triton(
-    logp: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    kl: Tensor | None,
-    drift: Tensor | None,
-    std: Tensor | None,
-    dt: Tensor | None,
-    mask: Tensor | None,
-    count: float | Tensor | None,
-    s: FlowPolicySettings,
-) -> PolicyLoss:
-    number = count.to(logp.device, non_blocking=True) if isinstance(count, Tensor) else None
-    fixed = None if count is None or number is not None else float(count)
-    fields = *(_row(t) for t in (logp, old, advantages, kl, drift)), std, dt, _row(mask), _row(number)
-    clip, beta = 0.0 if s.clip is None else float(s.clip), float(s.beta) if s.beta > 0 else None
-    results, dlogp, dkl, ddrift = _flow_policy_loss(*fields, fixed, clip, beta, float(s.tau), float(s.adv_clip), s.variant)
-    known = dlogp, None if beta is None else dkl, ddrift if s.variant == "guard" else None
-    absent = {"loss", "unused", *(("count/clip_low", "count/clip_high") if s.variant == "dppo" else ("count/dropped",))}
-    absent |= {name for name, t in (("sum/kl", kl), ("sum/drift", drift)) if t is None}
-    values = dict(zip(RESULTS, results.unbind()))
-    loss = attach_gradients(values["loss"], (logp, kl, drift), known)
-    return PolicyLoss(loss, {name: value for name, value in values.items() if name not in absent})
+def flow_policy_loss_triton(*arguments) -> PolicyLoss:
+    """As flow_policy_loss_reference."""
+    return flow_policy_loss_by("aot_fast", *arguments)
 
 
 def builds() -> list[Build]:

@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 
 from .ahead_of_time import Build
-from .flow_dynamics import FlowCoefficients
 from .flow_kernels_triton import backward_kernel, finish_kernel, forward_kernel
-from .flow_step import FlowLogProb, FlowStep, Guidance
+from .flow_operators import empty_gradients, empty_scores, fake_logp, fake_logp_gradient, fake_step, flow_logp_by, flow_step_by
+from .flow_step import FlowLogProb, FlowStep
 from .guidance_triton import guided_velocity_triton, num_warps, tiling
 
 __all__ = ["flow_logp_triton", "flow_step_triton", "guided_velocity_triton"]
@@ -46,7 +46,7 @@ def _score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two launches; tensors: x, v, v_uncond, x_next (written in a rollout), noise, seeds, v_ref, v_old."""
     x, v_ref, v_old = tensors[0], *tensors[6:]
-    logp, kl, drift = outputs = _empty_scores(x, v_ref, v_old)
+    logp, kl, drift = outputs = empty_scores(x, v_ref, v_old)
     batch, n = len(x), x.shape[1:].numel()
     if batch:
         num_tiles, sizes = tiling(x.shape, rescale)
@@ -85,12 +85,6 @@ def _score(
     return outputs
 
 
-def _empty_scores(x: Tensor, v_ref: Tensor | None, v_old: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, kl, drift; empty where there is none."""
-    sizes = len(x), len(x) if v_ref is not None else 0, len(x) if v_old is not None else 0
-    return tuple(torch.empty(size, dtype=torch.float32, device=x.device) for size in sizes)
-
-
 @torch.library.custom_op("aot_fast::flow_step", mutates_args=())
 def _flow_step(
     x: Tensor,
@@ -111,9 +105,7 @@ def _flow_step(
     return x_next.to(storage), logp
 
 
-@_flow_step.register_fake
-def _(x, v, v_uncond, noise, seeds, step, guidance, rescale, published, storage):
-    return torch.empty(x.shape, dtype=storage, device=x.device), _empty_scores(x, None, None)[0]
+_flow_step.register_fake(fake_step)
 
 
 @torch.library.custom_op("aot_fast::flow_logp", mutates_args=())
@@ -133,9 +125,7 @@ def _flow_logp(
     return _score([x, v, v_uncond, x_next, None, None, v_ref, v_old], step, guidance, rescale, published, flow_grpo_kl, rollout=False)
 
 
-@_flow_logp.register_fake
-def _(x, v, v_uncond, x_next, v_ref, v_old, step, guidance, rescale, published, flow_grpo_kl):
-    return _empty_scores(x, v_ref, v_old)
+_flow_logp.register_fake(fake_logp)
 
 
 @torch.library.custom_op("aot_fast::flow_logp_gradient", mutates_args=())
@@ -155,7 +145,7 @@ def _flow_logp_gradient(
     published: bool,
     flow_grpo_kl: bool,
 ) -> tuple[Tensor, Tensor]:
-    dv, dv_uncond = _empty_gradients(v, v_uncond)
+    dv, dv_uncond = empty_gradients(v, v_uncond)
     if v.numel():
         num_tiles, sizes = tiling(x.shape, rescale)
         rows, strides = _rows([x, v, v_uncond, x_next, v_ref, v_old])
@@ -177,87 +167,17 @@ def _flow_logp_gradient(
     return dv, dv_uncond
 
 
-def _empty_gradients(v: Tensor, v_uncond: Tensor | None) -> tuple[Tensor, Tensor]:
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    return dv, v.new_empty(0) if v_uncond is None else torch.empty(v.shape, dtype=v_uncond.dtype, device=v.device)
+_flow_logp_gradient.register_fake(fake_logp_gradient)
 
 
-@_flow_logp_gradient.register_fake
-def _(x, v, v_uncond, x_next, v_ref, v_old, step, dlogp, dkl, ddrift, guidance, rescale, published, flow_grpo_kl):
-    return _empty_gradients(v, v_uncond)
+def flow_step_triton(*arguments) -> FlowStep:
+    """As flow_step_reference."""
+    return flow_step_by("aot_fast", *arguments)
 
 
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, v, v_uncond, x, noise, seeds, guidance, rescale, published, storage, *step):
-        x_next, logp = _flow_step(x, v, v_uncond, noise, seeds, list(step), guidance, rescale, published, storage)
-        ctx.save_for_backward(x, v, v_uncond, x_next, None, None, *step)
-        ctx.options = guidance, rescale, published, False
-        ctx.mark_non_differentiable(x_next)
-        ctx.set_materialize_grads(False)
-        return x_next, logp
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, _, dlogp):
-        return *_gradients(ctx, dlogp, None, None), *[None] * 11
-
-
-class _Score(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, v, v_uncond, x, x_next, v_ref, v_old, guidance, rescale, published, flow_grpo_kl, *step):
-        options = guidance, rescale, published, flow_grpo_kl
-        logp, kl, drift = _flow_logp(x, v, v_uncond, x_next, v_ref, v_old, list(step), *options)
-        ctx.save_for_backward(x, v, v_uncond, x_next, v_ref, v_old, *step)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return logp, None if v_ref is None else kl, None if v_old is None else drift
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dlogp, dkl, ddrift):
-        return *_gradients(ctx, dlogp, dkl, ddrift), *[None] * 12
-
-
-def _gradients(ctx, *upstream: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if all(up is None for up in upstream):
-        return None, None
-    v_uncond = ctx.saved_tensors[2]
-    dv, dv_uncond = _flow_logp_gradient(*ctx.saved_tensors[:6], list(ctx.saved_tensors[6:]), *upstream, *ctx.options)
-    return dv, None if v_uncond is None else dv_uncond
-
-
-def flow_step_triton(
-    x: Tensor,
-    v: Tensor,
-    guide: Guidance,
-    step: FlowCoefficients,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    published: bool,
-    storage: torch.dtype,
-) -> FlowStep:
-    x, noise = (None if t is None else t.detach() for t in (x, noise))
-    return FlowStep(*_Step.apply(v, guide.v_uncond, x, noise, seeds, *_guidance(guide), published, storage, *step))
-
-
-def flow_logp_triton(
-    x: Tensor,
-    v: Tensor,
-    guide: Guidance,
-    x_next: Tensor,
-    step: FlowCoefficients,
-    v_ref: Tensor | None,
-    v_old: Tensor | None,
-    published: bool,
-    flow_grpo_kl: bool,
-) -> FlowLogProb:
-    constants = (None if t is None else t.detach() for t in (x, x_next, v_ref, v_old))
-    return FlowLogProb(*_Score.apply(v, guide.v_uncond, *constants, *_guidance(guide), published, flow_grpo_kl, *step))
-
-
-def _guidance(guide: Guidance) -> tuple[float, bool]:
-    return float(guide.scale), guide.rescale and guide.v_uncond is not None
+def flow_logp_triton(*arguments) -> FlowLogProb:
+    """As flow_logp_reference."""
+    return flow_logp_by("aot_fast", *arguments)
 
 
 def builds() -> list[Build]:

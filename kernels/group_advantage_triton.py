@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .ahead_of_time import Build
 from .group_advantage import Advantage
+from .policy_operators import empty_advantage
 
 INF = tl.constexpr(float("inf"))
 
@@ -228,7 +229,7 @@ def group_advantage_triton(rewards: Tensor, sizes: Tensor, eps: float, std: str,
 @torch.library.custom_op("aot_fast::group_advantage", mutates_args=())
 def _group_advantage(rewards: Tensor, sizes: Tensor, eps: float, std: str, ddof: int) -> tuple[Tensor, Tensor, Tensor]:
     num_rewards, num_groups = len(rewards), len(sizes)
-    outputs = _empty_advantage(rewards, sizes, eps, std, ddof)
+    outputs = empty_advantage(rewards, sizes, eps, std, ddof)
     if not num_groups:
         return tuple(t.zero_() for t in outputs)
     rewards, sizes = rewards.contiguous(), sizes.contiguous()
@@ -270,9 +271,7 @@ def _group_advantage(rewards: Tensor, sizes: Tensor, eps: float, std: str, ddof:
     return outputs
 
 
-@_group_advantage.register_fake
-def _empty_advantage(rewards, sizes, eps, std, ddof):
-    return torch.empty(len(rewards), device=rewards.device), sizes.new_empty(len(sizes), dtype=torch.bool), sizes.new_empty(())
+_group_advantage.register_fake(empty_advantage)
 
 
 def builds() -> list[Build]:

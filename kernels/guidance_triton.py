@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .ahead_of_time import Build
+from .flow_operators import fake_velocity, fake_velocity_gradient, guided_velocity_by
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -149,43 +150,27 @@ def _launch(kernel, tensors: list[Tensor], guidance: float, rescale: bool) -> No
 
 @torch.library.custom_op("aot_fast::guided_velocity", mutates_args=())
 def _guided(v: Tensor, v_uncond: Tensor, guidance: float, rescale: bool) -> Tensor:
-    out = _empty_velocity(v, v_uncond, guidance, rescale)
+    out = fake_velocity(v, v_uncond, guidance, rescale)
     _launch(_guided_kernel, [v.contiguous(), v_uncond.contiguous(), out], guidance, rescale)
     return out
 
 
-@_guided.register_fake
-def _empty_velocity(v, v_uncond, guidance, rescale):
-    return torch.empty(v.shape, dtype=torch.float32, device=v.device)
+_guided.register_fake(fake_velocity)
 
 
 @torch.library.custom_op("aot_fast::guided_velocity_gradient", mutates_args=())
 def _guided_gradient(v: Tensor, v_uncond: Tensor, gradient: Tensor, guidance: float, rescale: bool) -> tuple[Tensor, Tensor]:
-    dv, dv_uncond = _empty_gradients(v, v_uncond, gradient, guidance, rescale)
+    dv, dv_uncond = fake_velocity_gradient(v, v_uncond, gradient, guidance, rescale)
     _launch(_guided_backward_kernel, [*(t.contiguous() for t in (v, v_uncond, gradient)), dv, dv_uncond], guidance, rescale)
     return dv, dv_uncond
 
 
-@_guided_gradient.register_fake
-def _empty_gradients(v, v_uncond, gradient, guidance, rescale):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (v, v_uncond))
+_guided_gradient.register_fake(fake_velocity_gradient)
 
 
-class _Guided(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, v: Tensor, v_uncond: Tensor, guidance: float, rescale: bool) -> Tensor:
-        ctx.save_for_backward(v, v_uncond)
-        ctx.options = guidance, rescale
-        return _guided(v, v_uncond, guidance, rescale)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):
-        return *_guided_gradient(*ctx.saved_tensors, gradient, *ctx.options), None, None
-
-
-def guided_velocity_triton(v: Tensor, v_uncond: Tensor, guidance: float, rescale: bool) -> Tensor:
-    return _Guided.apply(v, v_uncond, float(guidance), rescale)
+def guided_velocity_triton(*arguments) -> Tensor:
+    """As guided_velocity_reference."""
+    return guided_velocity_by("aot_fast", *arguments)
 
 
 def builds() -> list[Build]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .ahead_of_time import Build
 from .logprob import LogProb, RowStats, differentiable_logprob
+from .logprob_operators import empty_stats, fake_in_place, fake_logit_gradient
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -181,7 +182,7 @@ def row_stats(logits: Tensor, targets: Tensor, temperature: float) -> RowStats:
 @torch.library.custom_op("aot_fast::row_stats", mutates_args=())
 def _row_stats(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_columns = logits.shape
-    stats = _empty_stats(logits, targets, temperature)
+    stats = empty_stats(logits, targets, temperature)
     if num_rows and not num_columns:
         return tuple(field.zero_() for field in stats)
     if num_rows:
@@ -192,10 +193,7 @@ def _row_stats(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Ten
     return stats
 
 
-@_row_stats.register_fake
-def _empty_stats(logits, targets, temperature):
-    logp, entropy, highest, log_sum = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4))
-    return logp, entropy, logits.new_empty(logits.shape[0], dtype=torch.bool), highest, log_sum
+_row_stats.register_fake(empty_stats)
 
 
 def logit_gradient(
@@ -242,9 +240,7 @@ def _logit_gradient(
     return gradient
 
 
-@_logit_gradient.register_fake
-def _empty_gradient(logits, targets, logp, entropy, valid, highest, log_sum, dlogp, dentropy, temperature, dtype):
-    return torch.empty(logits.shape, dtype=dtype, device=logits.device)
+_logit_gradient.register_fake(fake_logit_gradient)
 
 
 def consumed_gradient(
@@ -294,9 +290,7 @@ def _gradient_in_place(
         )
 
 
-@_gradient_in_place.register_fake
-def _no_result(logits, targets, logp, entropy, valid, highest, log_sum, dlogp, dentropy, temperature, dtype):
-    return None
+_gradient_in_place.register_fake(fake_in_place)
 
 
 def logprob_triton(logits: Tensor, targets: Tensor, temperature: float) -> LogProb:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .policy_operators import ROWS
 from .ratio_triton import LIMIT, clamp, exp_minus
 
 TOKENS = (128, 1)
@@ -13,11 +14,6 @@ FINISH = (256, 8)
 """Columns of partial sums at a time, those of 32,768 tokens, and warps."""
 BACKWARD = (1024, 4)
 
-ROWS = (
-    "loss count/tokens sum/ratio count/clip_low count/clip_high count/clip_dual sum/kl_k1 sum/kl_k3 sum/advantage sum/advantage_squared "
-    "count/zero_coefficient count/masked count/invalid sum/kl_ref sum/entropy sequences max/ratio_deviation"
-).split()
-"""Rows of the partial sums in the order of tokens_kernel; the last one is a maximum."""
 NUM_ROWS = tl.constexpr(len(ROWS))
 
 

@@ -19,7 +19,6 @@ from .metrics import PolicyLoss
 from .policy_kernels_triton import (
     BACKWARD,
     FINISH,
-    ROWS,
     SEQUENCES,
     TOKENS,
     backward_kernel,
@@ -27,10 +26,7 @@ from .policy_kernels_triton import (
     sequences_kernel,
     tokens_kernel,
 )
-from .policy_loss import Normaliser, PolicySettings, TokenBatch
-
-OPTIONAL = {"count/masked", "count/invalid", "sum/kl_ref", "sum/entropy"}
-"""Rows that are no metric where their input is absent."""
+from .policy_operators import ROWS, empty_forward, fake_backward, fake_forward, loss_and_gradients_by, policy_loss_by
 
 
 @torch.library.custom_op("aot_fast::policy_loss_forward", mutates_args=())
@@ -57,7 +53,7 @@ def _forward(
     entropy_coef: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss; dL/dlogp and dL/dentropy, still to be multiplied by the normaliser; the normaliser 1 / count; ROWS."""
-    outputs = _empty_forward(logp, entropy, entropy_coef)
+    outputs = empty_forward(logp, entropy, entropy_coef)
     value, gradient, bonus, scale, results = outputs
     n = len(logp)
     num_blocks = triton.cdiv(n, TOKENS[0])
@@ -88,22 +84,14 @@ def _sequence_pass(
     return mean_weight if weight is None else weight, log_ratio, shared
 
 
-def _empty_forward(logp: Tensor, entropy: Tensor | None, entropy_coef: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = len(logp)
-    num_bonus = 0 if entropy is None or entropy_coef is None else n
-    return tuple(logp.new_empty(shape, dtype=torch.float32) for shape in ((), (n,), (num_bonus,), (), (len(ROWS),)))
-
-
-@_forward.register_fake
-def _(logp, entropy, *others):
-    return _empty_forward(logp, entropy, others[-1])
+_forward.register_fake(fake_forward)
 
 
 @torch.library.custom_op("aot_fast::policy_loss_backward", mutates_args=())
 def _backward(
     gradient: Tensor, bonus: Tensor, scale: Tensor, upstream: Tensor, dtype: torch.dtype, bonus_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    outputs = _empty_backward(gradient, bonus, scale, upstream, dtype, bonus_dtype)
+    outputs = fake_backward(gradient, bonus, scale, upstream, dtype, bonus_dtype)
     if len(gradient):
         fields = gradient, bonus, scale, upstream, outputs[0], outputs[1] if len(bonus) else None
         grid = (triton.cdiv(len(gradient), BACKWARD[0]),)
@@ -111,82 +99,17 @@ def _backward(
     return outputs
 
 
-@_backward.register_fake
-def _empty_backward(gradient, bonus, scale, upstream, dtype, bonus_dtype):
-    return torch.empty_like(gradient, dtype=dtype), torch.empty_like(bonus, dtype=bonus_dtype)
+_backward.register_fake(fake_backward)
 
 
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logp: Tensor, entropy: Tensor | None, *arguments):
-        loss, gradient, bonus, scale, results = _forward(_row(logp), _row(entropy), *arguments)
-        ctx.save_for_backward(gradient, bonus, scale)
-        ctx.dtypes = logp.dtype, logp.dtype if entropy is None else entropy.dtype
-        ctx.with_bonus, ctx.num_arguments = bool(len(bonus)), len(arguments)
-        ctx.mark_non_differentiable(results)
-        ctx.set_materialize_grads(False)  # zeros for the results would be a launch
-        return loss, results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: Tensor, _):
-        dlogp, dentropy = _backward(*ctx.saved_tensors, upstream, *ctx.dtypes)
-        return dlogp, dentropy if ctx.with_bonus else None, *([None] * ctx.num_arguments)
+def policy_loss_triton(*arguments) -> PolicyLoss:
+    """As policy_loss_reference."""
+    return policy_loss_by("aot_fast", *arguments)
 
 
-def _row(t: Tensor | None) -> Tensor | None:
-    """Tokens, or a number, as the kernels read them: contiguous, without a graph, not in fp64."""
-    return None if t is None else t.detach().to(torch.float32 if t.dtype == torch.float64 else t.dtype).contiguous()
-
-
-def _arguments(s: PolicySettings, fields: tuple[Tensor | None, ...], normaliser: Normaliser, divisor: float) -> tuple:
-    """What _forward takes after logp and entropy; fields: advantages to weight."""
-    number = fixed = None
-    if isinstance(normaliser, Tensor):
-        number = normaliser.to(fields[0].device, non_blocking=True)
-    elif normaliser is not None:
-        fixed = float(normaliser)
-    options = s.loss, s.kl, s.agg, 1.0 - s.clip_low, 1.0 + s.clip_high, s.dual_clip if s.loss == "ppo" else None
-    return *(_row(t) for t in (*fields, number)), fixed, divisor, *options, s.beta or None, s.entropy_coef or None
-
-
-def policy_loss_triton(
-    logp: Tensor,
-    entropy: Tensor | None,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    mask: Tensor | None,
-    valid: Tensor | None,
-    seq_ids: Tensor | None,
-    settings: PolicySettings,
-) -> PolicyLoss:
-    if entropy is not None and entropy.dtype == torch.float64:
-        entropy = entropy.float()
-    normaliser = settings.num_tokens if settings.agg == "token" else settings.num_sequences
-    divisor = float(settings.max_length) if settings.agg == "seq_sum_norm" else 1.0
-    arguments = _arguments(settings, (advantages, old, ref, mask, valid, seq_ids, None), normaliser, divisor)
-    loss, results = _PolicyLoss.apply(logp, entropy, *arguments)
-    return PolicyLoss(loss, _metrics(results, ref, entropy, {"count/masked", "count/invalid"}))
-
-
-def loss_and_gradients_triton(
-    logp: Tensor, entropy: Tensor | None, batch: TokenBatch, s: PolicySettings
-) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
-    """As policy_loss.loss_and_gradients, with the weights of the batch. Nothing is read on the host."""
-    fields = batch.advantages, batch.old_logp, batch.ref_logp, batch.mask, None, batch.sequence, batch.weight
-    loss, gradient, bonus, _, results = _forward(_row(logp), _row(entropy), *_arguments(s, fields, 1.0, 1.0))
-    dentropy = bonus if entropy is not None and s.entropy_coef != 0 else None
-    return loss, gradient, dentropy, _metrics(results, batch.ref_logp, entropy, set())
-
-
-def _metrics(results: Tensor, ref: Tensor | None, entropy: Tensor | None, more: set[str]) -> dict[str, Tensor]:
-    names = set(more)
-    if ref is not None:
-        names.add("sum/kl_ref")
-    if entropy is not None:
-        names.add("sum/entropy")
-    return {name: x for name, x in zip(ROWS, results.unbind()) if "/" in name and (name in names or name not in OPTIONAL)}
+def loss_and_gradients_triton(*arguments) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+    """As policy_loss.loss_and_gradients."""
+    return loss_and_gradients_by("aot_fast", *arguments)
 
 
 def builds() -> list[Build]:

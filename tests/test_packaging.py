@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from aot_fast.kernels import native
 from tests.conftest import ROOT
 
 CHECK = """
@@ -41,10 +42,11 @@ def found(folders: list[Path], cwd: Path) -> tuple[Path, Path]:
     return Path(first), Path(second)
 
 
-def pip(*words: str) -> None:
+def pip(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pip", *words, "--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_from_the_repository_root(stand_in):
@@ -58,11 +60,23 @@ def test_from_a_wheel(stand_in, tmp_path):
     assert theirs.is_relative_to(stand_in) and ours == tmp_path / "wheel" / "aot_fast" / "kernels" / "dispatch.py"
     assert not (tmp_path / "wheel" / "kernels").exists()
     assert (tmp_path / "wheel" / "aot_fast" / "configs" / "tiny.yaml").is_file()
+    assert native.problem() or list((tmp_path / "wheel" / "aot_fast" / "kernels").glob("_cpu*.so"))
+
+
+def test_without_a_compiler_the_rest_is_built_and_it_is_said(tmp_path):
+    command = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "csrc/cpu skipped, the operators run in plain torch on a CPU: " in done.stdout and "no-such-compiler" in done.stdout + done.stderr
+    )
+    made = tmp_path / "lib" / "aot_fast" / "kernels"
+    assert (made / "dispatch.py").is_file() and not list(made.glob("*.so"))
 
 
 def test_editable(stand_in, tmp_path):
     # --ignore-installed: else pip takes the environment's own installation, and `aot-fast` with it, away.
-    pip("install", "--ignore-installed", "--prefix", str(tmp_path / "prefix"), "--editable", ".")
+    pip("install", "--ignore-installed", "--prefix", str(tmp_path / "prefix"), "--editable", ".", env={"AOT_FAST_CSRC": "0"})
     site = next((tmp_path / "prefix").rglob("site-packages"))
     theirs, ours = found([stand_in, site], tmp_path)
     assert theirs.is_relative_to(stand_in) and ours == ROOT / "kernels" / "dispatch.py"

@@ -1,4 +1,4 @@
-"""The same tests for every backend that can run here: the reference, Triton under its interpreter, Triton on a GPU."""
+"""The same tests for every backend that can run here: the reference, C++, Triton under its interpreter, Triton on a GPU."""
 
 import os
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import aot_fast.kernels as K
+from aot_fast.kernels import dispatch, native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["reference", *(["triton"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
+CSRC = ["csrc"] if native.problem() is None else []  # test_native.py fails where a compiler is there and it is not built
+BACKENDS = ["reference", *CSRC, *(["triton"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
@@ -20,9 +22,19 @@ def unwritten_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def operators(each_backend):
+    """The registered operators of the backend; the reference has none."""
+    if each_backend == "reference":
+        pytest.skip("plain torch")
+    dispatch._load_all()  # an operator is registered when its module is imported
+    return torch.ops.aot_fast_cpu if each_backend == "csrc" else torch.ops.aot_fast
+
+
 @pytest.fixture(params=BACKENDS)
 def each_backend(request, monkeypatch, unwritten_is_nan):
     """Runs the test once under each backend; its value is the backend's name. cuda: tensors are made on the GPU by default."""
+    torch._dynamo.reset()  # a compiled function keeps the backend that it was traced with
     if request.param != "cuda":
         with K.backend(request.param):
             yield request.param

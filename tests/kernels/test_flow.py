@@ -7,9 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from aot_fast.kernels.flow_dynamics import _on_device
 
 import aot_fast.kernels as K
-from aot_fast.kernels import flow_kernels_triton, flow_step_triton, guidance_triton, philox_triton
+from aot_fast.kernels import flow_kernels_triton, philox_triton
 
 from . import oracle
 from .oracle import FP32, error
@@ -56,6 +57,9 @@ def test_coefficients_match_the_oracle(dynamics, s, s_next, eta, s_max):
     tensors = [torch.tensor([v, v], dtype=torch.float64, device="cpu") for v in (s, s_next, eta)]
     again = K.flow_coefficients(*tensors[:2], dynamics=dynamics, eta=tensors[2], sigma_max=s_max, batch=2)
     assert all(torch.equal(a, b) for a, b in zip(got, again))
+    values = (torch.tensor([v, v], dtype=torch.float64, device="cpu") for v in (s, s_next, eta, s_max or 0.5))
+    on_device = _on_device(*values, dynamics, dynamics == "flow_sde" and s_max is None)
+    assert all(torch.equal(a, b) for a, b in zip(got, on_device))  # as a GPU does it, but on the host
 
 
 def test_eta_zero_and_the_last_step_are_the_ode():
@@ -167,7 +171,7 @@ def test_noise_from_seeds_equals_stored_noise(dtype, each_backend):
     data = latents(dtype)
     seeds = torch.tensor([1, 2, 3])
     reference = K.philox_normal(seeds, 40)
-    normals = reference if each_backend == "reference" else philox_triton.philox_normal_triton(seeds, 40)
+    normals = reference if each_backend in ("reference", "csrc") else philox_triton.philox_normal_triton(seeds, 40)
     assert (normals - reference).abs().max() <= 1e-6
     drawn = K.flow_step(data["x"], data["v"], 0.7, 0.6, eta=1.0, seeds=seeds)
     given = K.flow_step(data["x"], data["v"], 0.7, 0.6, eta=1.0, noise=normals.view(SHAPE))
@@ -238,37 +242,32 @@ def test_only_the_velocity_that_asks_gets_a_gradient():
         assert torch.autograd.grad(out.logp.sum(), leaf)[0].abs().sum() > 0
 
 
-def test_custom_operators_pass_opcheck(each_backend):
-    if each_backend == "reference":
-        pytest.skip("the reference is plain torch")
+def test_registered_operators_keep_their_promises(operators):
     x, v, u, r = torch.randn(4, 2, 3, 8)
     step = list(K.flow_coefficients(0.7, 0.6, dynamics="flow_sde", eta=0.7, batch=2))
     step = [c.to(x.device) for c in step]
     calls = (
-        (flow_step_triton._flow_step, (x, v, u, None, torch.tensor([3, 4]), step, 3.0, True, False, torch.bfloat16)),
-        (flow_step_triton._flow_logp, (x, v, None, x, r, None, step, 3.0, False, False, True)),
+        (operators.flow_step, (x, v, u, None, torch.tensor([3, 4]), step, 3.0, True, False, torch.bfloat16)),
+        (operators.flow_logp, (x, v, None, x, r, None, step, 3.0, False, False, True)),
         (
-            flow_step_triton._flow_logp_gradient,
+            operators.flow_logp_gradient,
             (x, v, u, x, r, r, step, torch.ones(2), None, torch.ones(1).expand(2), 3.0, True, False, True),
         ),
-        (guidance_triton._guided, (v, u, 2.0, True)),
-        (guidance_triton._guided_gradient, (v, u, r, 2.0, True)),
+        (operators.guided_velocity, (v, u, 2.0, True)),
+        (operators.guided_velocity_gradient, (v, u, r, 2.0, True)),
     )
     for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.default, arguments)
 
 
 def test_the_operators_trace_whole(each_backend):
-    if each_backend == "reference":
-        pytest.skip("the reference is plain torch")
     data = latents()
-    step = K.flow_coefficients(0.7, 0.6, dynamics="flow_sde", eta=0.7, batch=3)
-    step = K.FlowCoefficients(*(c.to(data["x"].device) for c in step))
-    guide, seeds = flow_step_triton.Guidance(data["v_uncond"], 3.0, True), torch.arange(3)
+    seeds = None if each_backend == "reference" else torch.arange(3)
+    guide = {"v_uncond": data["v_uncond"], "guidance": 3.0, "eta": 0.7}
 
     def run(v):
-        rollout = flow_step_triton.flow_step_triton(data["x"], v, guide, step, None, seeds, False, torch.float32)
-        out = flow_step_triton.flow_logp_triton(data["x"], v, guide, rollout.x_next, step, data["v_ref"], None, False, False)
+        rollout = K.flow_step(data["x"], v, 0.7, 0.6, noise=None if seeds is not None else data["noise"], seeds=seeds, **guide)
+        out = K.flow_logp(data["x"], v, rollout.x_next, 0.7, 0.6, dynamics="flow_sde", v_ref=data["v_ref"], **guide)
         return rollout.x_next, rollout.logp, out.logp, out.kl
 
     v = data["v"].requires_grad_()
@@ -286,8 +285,8 @@ def as_fp32_kernel(values, out):
 
 
 def test_kernels_read_fp64_scalars_as_fp32(each_backend):
-    if each_backend == "reference":
-        pytest.skip("the reference computes in fp64")
+    if each_backend in ("reference", "csrc"):
+        pytest.skip("for Triton")
     tie = 1 + 2.0**-24
     values = [
         0.0,

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import aot_fast.kernels as K
-from aot_fast.kernels import flow_policy_loss_triton
 
 from . import oracle
 from .oracle import FP32, error
@@ -184,14 +183,12 @@ def test_a_nan_that_is_not_masked_shows():
     assert out.loss.isnan() and out.metrics["sum/ratio"].isnan() and out.metrics["max/ratio_deviation"].isnan()
 
 
-def test_the_custom_operator_passes_opcheck(each_backend):
-    if each_backend == "reference":
-        pytest.skip("the reference is plain torch")
+def test_the_registered_operator_keeps_its_promises(operators):
     data = batch()
     fields = [data[name] for name in ("logp", "old_logp", "advantages", "kl", "drift", "std", "dt", "mask")]
     for variant, number, fixed in (("guard", None, None), ("dppo", torch.tensor(9), None), ("grpo", None, 9.0)):
         arguments = (*fields, number, fixed, 1e-2, 0.1, 1e-5, 5.0, variant)
-        torch.library.opcheck(flow_policy_loss_triton._flow_policy_loss, arguments)
+        torch.library.opcheck(operators.flow_policy_loss.default, arguments)
 
 
 def test_errors_name_what_was_given_and_what_was_expected():

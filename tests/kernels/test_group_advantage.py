@@ -105,15 +105,11 @@ def test_strided_rewards_and_expanded_sizes():
 
 
 @pytest.mark.parametrize("std", ("group", "batch"))
-def test_the_triton_operator_is_registered_correctly(each_backend, std):
-    if each_backend == "reference":
-        pytest.skip("about the Triton operator")
-    from aot_fast.kernels import group_advantage_triton as triton_module
-
+def test_the_registered_operator_keeps_its_promises(operators, std):
     rewards, sizes = torch.randn(5), torch.tensor([3, 2])
-    torch.library.opcheck(triton_module._group_advantage, (rewards, sizes, 1e-6, std, 1))
-    compiled = torch.compile(triton_module.group_advantage_triton, fullgraph=True, backend="aot_eager")(rewards, sizes, 1e-6, std, 1)
-    assert torch.equal(compiled.values, triton_module.group_advantage_triton(rewards, sizes, 1e-6, std, 1).values)
+    torch.library.opcheck(operators.group_advantage.default, (rewards, sizes, 1e-6, std, 1))
+    compiled = torch.compile(K.group_advantage, fullgraph=True, backend="aot_eager")(rewards, sizes, std=std)
+    assert torch.equal(compiled.values, K.group_advantage(rewards, sizes, std=std).values)
 
 
 def test_no_rewards():

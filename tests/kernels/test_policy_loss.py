@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 from aot_fast.kernels.metrics import masked_max
 from aot_fast.kernels.policy_loss import PolicySettings, loss_and_gradients, token_batch
+from aot_fast.kernels.policy_operators import loss_and_gradients_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -342,18 +344,14 @@ def test_a_nan_that_is_not_masked_is_seen_in_the_loss():
 
 @pytest.mark.parametrize("loss", ("ppo", "gspo", "cispo"))
 @pytest.mark.parametrize("entropy_coef", (0.0, 0.1))
-def test_loss_and_gradients_of_a_chunk_match_the_reference(each_backend, loss, entropy_coef):
-    if each_backend == "reference":
-        pytest.skip("about the Triton operator")
-    from aot_fast.kernels.policy_loss_triton import loss_and_gradients_triton
-
+def test_loss_and_gradients_of_a_chunk_match_the_reference(operators, loss, entropy_coef):
     data = batch()
     s = PolicySettings(loss, 0.2, 0.28, 3.0, 0.1, "k3", "seq_mean", None, None, None, entropy_coef)
     tokens = token_batch(s, torch.float32, *(data[k] for k in ("advantages", "old_logp", "ref_logp", "mask", "seq_ids"))).rows(
         slice(10, 40)
     )
     rows = data["logp"][10:], torch.rand(30)
-    actual, expected = (run(*rows, tokens, s) for run in (loss_and_gradients_triton, loss_and_gradients))
+    actual, expected = (run(*rows, tokens, s) for run in (partial(loss_and_gradients_by, operators.name), loss_and_gradients))
     for a, b in zip(actual[:3], expected[:3]):
         assert (a is None and b is None) or error(a, b) <= FP32
     assert actual[3].keys() == expected[3].keys()
@@ -362,30 +360,23 @@ def test_loss_and_gradients_of_a_chunk_match_the_reference(each_backend, loss, e
 
 
 @pytest.mark.parametrize("agg", ("token", "seq_mean", "seq_sum_norm"))
-def test_the_triton_operator_is_registered_correctly(each_backend, agg):
-    if each_backend == "reference":
-        pytest.skip("about the Triton operator")
-    from aot_fast.kernels import policy_loss_triton as triton_module
-
+def test_registered_operators_keep_their_promises(operators, agg):
     data = batch()
     fields = [data[k] for k in ("advantages", "old_logp", "ref_logp", "mask")] + [None, data["seq_ids"], None, None, None, 16.0]
     loss = "gspo" if agg == "token" else "ppo"
     entropy = torch.rand(40)
-    torch.library.opcheck(triton_module._forward, (data["logp"], entropy, *fields, loss, "k3", agg, 0.8, 1.28, None, 0.1, 0.2))
+    options = loss, "k3", agg, 0.8, 1.28, None, 0.1, 0.2
+    torch.library.opcheck(operators.policy_loss_forward.default, (data["logp"], entropy, *fields, *options))
     ups = torch.tensor(0.5), torch.tensor(3.0)
-    torch.library.opcheck(triton_module._backward, (data["logp"], entropy, *ups, torch.float32, torch.float32))
+    torch.library.opcheck(operators.policy_loss_backward.default, (data["logp"], entropy, *ups, torch.float32, torch.float32))
 
 
-def test_the_triton_operator_traces_without_a_graph_break(each_backend):
-    if each_backend == "reference":
-        pytest.skip("about the Triton operator")
-    from aot_fast.kernels.policy_loss_triton import policy_loss_triton
-
-    s = PolicySettings("ppo", 0.2, 0.28, 3.0, 0.1, "k3", "token", None, None, None, 0.1)
+def test_the_operator_traces_without_a_graph_break(operators):
     data, results = batch(), []
-    for run in (policy_loss_triton, torch.compile(policy_loss_triton, fullgraph=True, backend="aot_eager")):
+    fields = {name: data[name] for name in ("old_logp", "ref_logp", "mask")}
+    for run in (K.policy_loss, torch.compile(K.policy_loss, fullgraph=True, backend="aot_eager")):
         leaves = data["logp"].clone().requires_grad_(), torch.ones(40).requires_grad_()
-        out = run(*leaves, data["advantages"], data["old_logp"], data["ref_logp"], data["mask"], None, None, s)
+        out = run(leaves[0], data["advantages"], entropy=leaves[1], entropy_coef=0.1, beta=0.1, **fields)
         results.append((out.loss, *torch.autograd.grad(out.loss * 3, leaves), *out.metrics.values()))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
