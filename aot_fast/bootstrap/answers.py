@@ -62,7 +62,7 @@ def greedy_answers(model: Qwen2_5_VLForConditionalGeneration, images: Sequence[I
 def right_answers(model: Qwen2_5_VLForConditionalGeneration, images: Sequence[Image.Image], questions: Sequence[Question]) -> Tensor:
     """Whether each greedy response is right, [N]."""
     answers = greedy_answers(model, images, questions)
-    return torch.tensor([score(question, answer).correct for question, answer in zip(questions, answers)])
+    return torch.tensor([score(question, answer).correct for question, answer in zip(questions, answers)], dtype=torch.bool)
 
 
 def accuracy_by_kind(model: Qwen2_5_VLForConditionalGeneration, split: str, num_questions: int) -> dict[str, float]:
