@@ -9,7 +9,7 @@ GPUS := $(or $(CUDA),0)
 REQUIREMENTS := $(if $(filter-out 0,$(GPUS)),requirements-gpu.txt,requirements.txt)
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench sanitize sanitize-gpu clean
 
 $(STAMP): requirements.txt requirements-gpu.txt setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,11 @@ sanitize: $(STAMP)
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		AOT_FAST_CSRC_LIBRARY=$$(ls $(CURDIR)/build/sanitize/aot_fast/kernels/_cpu*.so) TRITON_INTERPRET=0 \
 		$(BIN)/python -m pytest tests/kernels -m "not gpu" -k csrc $(PYTEST_ARGS)
+
+# On a machine with a GPU, where nvcc built csrc/cuda.
+sanitize-gpu: $(STAMP)
+	compute-sanitizer --tool memcheck $(BIN)/python -m pytest tests/kernels/test_row_loss.py -m gpu $(PYTEST_ARGS)
+	compute-sanitizer --tool racecheck $(BIN)/python -m pytest tests/kernels/test_row_loss.py -m gpu -k bits $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from aot_fast.kernels.policy_loss import PolicySettings, TokenBatch, token_batch
 from torch import Tensor
 
 import aot_fast.kernels as K
+from aot_fast.kernels import row_loss_cuda
 
 Provider = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
@@ -202,6 +204,62 @@ def head_cases(num_rows: int, hidden: int, vocabulary: int, dtype: torch.dtype =
             compiled=(),
         ),
     ]
+
+
+# The rows of a chunk inside linear_policy_loss: statistics, loss, dlogits in the logits' own memory
+
+
+def _row_inputs(num_rows: int, vocabulary: int) -> Callable[[str], dict[str, Tensor]]:
+    def make(device: str) -> dict[str, Tensor]:
+        g = _random(device, 7)
+        logits = 3 * torch.randn(num_rows, vocabulary, device=device, generator=g)
+        targets = torch.randint(0, vocabulary, (num_rows,), device=device, generator=g)
+        advantages, moved = torch.randn(2, num_rows, device=device, generator=g)
+        old = K.logprob(logits, targets).logp + 0.1 * moved
+        return {"logits": logits, "targets": targets, "advantages": advantages, "old": old}
+
+    return make
+
+
+ROW_SETTINGS = PolicySettings("ppo", 0.2, 0.28, 3.0, 0.0, "k3", "token", None, None, None, 0.0)
+
+
+def _row_batch(x: dict[str, Tensor]) -> TokenBatch:
+    mask = torch.ones_like(x["targets"], dtype=torch.bool)
+    return token_batch(ROW_SETTINGS, torch.float32, x["advantages"], x["old"], None, mask, None)
+
+
+def _triton_rows(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    from aot_fast.kernels import logprob_triton, policy_loss_triton
+
+    logits = x["logits"].clone()
+    stats = logprob_triton.row_stats(logits, x["targets"], 1.0)
+    _, dlogp, _, _ = policy_loss_triton.loss_and_gradients_triton(stats.logp, stats.entropy, _row_batch(x), ROW_SETTINGS)
+    return stats.logp, logprob_triton.consumed_gradient(logits, x["targets"], stats, dlogp, None, 1.0, torch.bfloat16)
+
+
+def _cluster_rows(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    logp, _, _, gradient = row_loss_cuda.row_loss(x["logits"].clone(), x["targets"], _row_batch(x), ROW_SETTINGS, 1.0, torch.bfloat16)
+    return logp, gradient
+
+
+def _eager_rows(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    logits = x["logits"].clone().requires_grad_()
+    logp = torch.log_softmax(logits, -1).gather(1, x["targets"][:, None])[:, 0]
+    ratio = torch.exp((logp - x["old"]).clamp(-20, 20))
+    u = torch.minimum(ratio * x["advantages"], ratio.clamp(0.8, 1.28) * x["advantages"])
+    u = torch.where(x["advantages"] < 0, torch.maximum(u, 3 * x["advantages"]), u)
+    return logp.detach(), torch.autograd.grad(-u.mean(), logits)[0].bfloat16()
+
+
+def row_cases(num_rows: int, vocabulary: int) -> list[Case]:
+    providers = {"triton": _triton_rows, "eager": _eager_rows}
+    if row_loss_cuda.problem() is None:
+        providers = {"csrc": _cluster_rows, **providers}
+    size = num_rows * vocabulary
+    # Every provider copies the logits first, which it would overwrite; then 1 read, and 1 write of bf16
+    name = f"rows of a chunk, {num_rows} x {vocabulary} fp32 (copy included)"
+    return [Case(name, _row_inputs(num_rows, vocabulary), providers, size * (4 + 4 + 4 + 2), compiled=())]
 
 
 # group_advantage + policy_loss
@@ -454,6 +512,7 @@ def all_cases(device: str) -> list[Case]:
             *head_cases(8192, 3584, 152_064),
             *policy_cases(64, 8, 512),
             *flow_cases(24, 4096, 64),
+            *row_cases(4096, 152_064),
         ]
     return [
         *logprob_cases(512, 32_000),

@@ -59,6 +59,15 @@ inline Tensor row_of(const Tensor& t) { return (t.scalar_type() == at::kDouble ?
 
 inline OptionalTensor row_of(const OptionalTensor& t) { return t ? OptionalTensor(row_of(*t)) : t; }
 
+// The operators are also called without the checks of their public functions: what is too short would be read beyond its end.
+inline void require_size(const Tensor& t, int64_t size, const char* name) {
+  TORCH_CHECK(t.numel() == size, name, ": given ", t.numel(), " numbers, expected ", size);
+}
+
+inline void require_size(const OptionalTensor& t, int64_t size, const char* name) {
+  if (t) require_size(*t, size, name);
+}
+
 inline const bool* flags(const OptionalTensor& t) { return t ? t->const_data_ptr<bool>() : nullptr; }
 
 // A loop over units of a size, with about 32,768 numbers a task at least. Which thread runs a unit shows in no result.

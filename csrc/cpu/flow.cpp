@@ -113,6 +113,10 @@ struct StepTensors {
 };
 
 StepPass pass_of(const StepTensors& t, const Scalars& scalars, double guidance, bool rescale, bool rollout) {
+  for (const OptionalTensor& u : {OptionalTensor(t.v), t.v_uncond, t.x_next, t.noise, t.v_ref, t.v_old}) require_size(u, t.x.numel(), "latents");
+  require_size(t.seeds, t.x.size(0), "seeds");
+  TORCH_CHECK(scalars.exact.size() == 4, "step: given ", scalars.exact.size(), " tensors, expected 4");
+  for (const Tensor& u : scalars.exact) require_size(u, t.x.size(0), "step");
   StepPass pass{};
   pass.num_elements = t.x.size(0) ? t.x.numel() / t.x.size(0) : 0;
   pass.guidance = guidance_of(t.v, t.v_uncond, guidance, rescale);
@@ -172,6 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_logp(const Tensor& x, const Tensor& v, c
 std::vector<Coefficients> coefficients_of(const Scalars& scalars, int64_t batch, double n, const OptionalTensor& dlogp,
                                           const OptionalTensor& dkl, const OptionalTensor& ddrift, bool published, bool flow_grpo_kl) {
   std::vector<Coefficients> out(batch);
+  for (const OptionalTensor& t : {dlogp, dkl, ddrift}) require_size(t, batch, "upstream");
   auto upstream = [](const OptionalTensor& t) { return t ? t->to(at::kFloat) : Tensor(); };  // of any stride
   Tensor ups[] = {upstream(dlogp), upstream(dkl), upstream(ddrift)};
   auto up = [&](int k, int64_t sample) {
@@ -249,6 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> scored_step(const Tensor& x, const Tensor& v,
 }
 
 GuidancePass guidance_pass(const Tensor& v, const Tensor& uncond, double guidance, bool rescale) {
+  require_size(uncond, v.numel(), "v_uncond");
   GuidancePass pass{};
   pass.num_elements = v.numel();
   pass.v = Numbers(v), pass.v_uncond = Numbers(uncond);
@@ -275,6 +281,7 @@ std::tuple<Tensor, Tensor> guided_velocity_gradient(const Tensor& v, const Tenso
   Tensor rows = row_of(v), uncond = row_of(v_uncond), up = gradient.to(at::kFloat).contiguous();
   Tensor dv = empty_like_sizes(rows), dv_uncond = empty_like_sizes(uncond);
   GuidancePass pass = guidance_pass(rows, uncond, guidance, rescale);
+  require_size(up, v.numel(), "gradient");
   pass.upstream = up.const_data_ptr<float>(), pass.dv = dv.data_ptr(), pass.dv_uncond = dv_uncond.data_ptr();
   run(pass);
   return {dv.to(v.scalar_type()), dv_uncond.to(v_uncond.scalar_type())};

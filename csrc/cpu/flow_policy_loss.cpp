@@ -90,6 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss(
     const OptionalTensor& std, const OptionalTensor& dt, const OptionalTensor& mask_, const OptionalTensor& number,
     std::optional<double> fixed, double clip, std::optional<double> beta, double tau, double adv_clip, std::string_view variant) {
   int64_t n = logp.size(0);
+  require_size(old, n, "old"), require_size(advantages, n, "advantages");
+  for (const OptionalTensor& t : {kl, drift, std, dt, mask_}) require_size(t, n, "samples");
   bool guard = variant == "guard";
   auto options = logp.options().dtype(at::kFloat);
   Tensor results = at::empty({NUM_RESULTS}, options), dlogp = at::zeros({n}, options);

@@ -41,6 +41,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& targets, double temperature) {
   Tensor rows = readable(logits), indices = targets.to(at::kLong).contiguous();
   int64_t n = rows.size(0);
+  require_size(indices, n, "targets");
   Tensor logp = at::empty({n}, rows.options().dtype(at::kFloat));
   Tensor entropy = at::empty_like(logp), highest = at::empty_like(logp), log_sum = at::empty_like(logp);
   Tensor valid = at::empty({n}, rows.options().dtype(at::kBool));
@@ -54,6 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logit
 void gradient_into(const Tensor& rows, const Tensor& targets, const Tensor& logp, const Tensor& entropy, const Tensor& valid,
                    const Tensor& highest, const Tensor& log_sum, const OptionalTensor& dlogp, const OptionalTensor& dentropy,
                    double temperature, void* gradient, at::ScalarType type, int64_t gradient_stride) {
+  for (const Tensor& t : {targets, logp, entropy, valid, highest, log_sum}) require_size(t, rows.size(0), "statistics");
+  require_size(dlogp, rows.size(0), "dlogp"), require_size(dentropy, rows.size(0), "dentropy");
   auto floats = [](const Tensor& t) { return t.to(at::kFloat).contiguous(); };
   Tensor indices = targets.to(at::kLong).contiguous(), flag = valid.contiguous();
   Tensor stats[] = {floats(logp), floats(entropy), floats(highest), floats(log_sum)};

@@ -107,6 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_forward(
   OptionalTensor entropy = row_of(entropy_), old = row_of(old_), ref = row_of(ref_), weight = row_of(weight_);
   OptionalTensor mask = row_of(mask_), valid = row_of(valid_);
   int64_t n = logp.size(0), num_blocks = (n + TOKENS_A_BLOCK - 1) / TOKENS_A_BLOCK;
+  require_size(advantages, n, "advantages");
+  for (const OptionalTensor& t : {entropy, old, ref, mask, valid, seq_ids, weight}) require_size(t, n, "tokens");
   bool gspo = loss == "gspo", seq_mean = agg == "seq_mean" && !weight;
 
   Sequences sequences;

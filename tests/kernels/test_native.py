@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from aot_fast.kernels.policy_loss import PolicySettings
 
 import aot_fast.kernels as K
 from aot_fast.kernels import dispatch, native
 
 ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = PolicySettings("ppo", 0.2, 0.28, 3.0, 0.0, "k3", "token", None, None, None, 0.0)
 needs_csrc = pytest.mark.skipif(native.problem() is not None, reason=f"csrc: {native.problem()}")
 
 
@@ -41,6 +43,24 @@ def test_cpu_tensors_go_to_csrc_and_fp64_to_the_reference():
         assert dispatch.implementation("logprob", x.double()).__name__ == "logprob_reference"
         with pytest.raises(ValueError, match="backend: given 'csrc' for a tensor on meta, expected a CPU tensor"):
             K.policy_loss(x.to("meta"), x.to("meta"))
+
+
+@needs_csrc
+def test_operators_called_alone_do_not_read_beyond_what_they_are_given():
+    ops, short, rows = torch.ops.aot_fast_cpu, torch.zeros(2), torch.zeros(64, 8)
+    targets, step = torch.zeros(64, dtype=torch.int64), [torch.ones(64, dtype=torch.float64)] * 4
+    calls = (
+        (lambda: ops.row_stats(rows, targets[:2], 1.0), "targets: given 2 numbers, expected 64"),
+        (lambda: ops.logit_gradient(rows, targets, *[short] * 5, None, None, 1.0, torch.float32), "statistics: given 2"),
+        (lambda: K.dispatch._load("native:policy_loss_csrc")(targets.float(), None, short, *[None] * 5, SETTINGS), "advantages: given 2"),
+        (lambda: ops.guided_velocity(rows, short, 2.0, False), "v_uncond: given 2 numbers, expected 512"),
+        (lambda: ops.flow_logp(rows, rows, None, short, None, None, step, 1.0, False, False, False), "latents: given 2"),
+        (lambda: ops.flow_logp(rows, rows, None, rows, None, None, [short] * 4, 1.0, False, False, False), "step: given 2"),
+        (lambda: ops.group_advantage(short, targets + 1, 1e-6, "group", 1), "group_sizes: given sizes that add up to more than 2"),
+    )
+    for call, message in calls:
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 @pytest.fixture
