@@ -11,7 +11,7 @@ RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 .PHONY: demo test lint bench sanitize sanitize-gpu clean
 
-$(STAMP): requirements.txt requirements-gpu.txt setup.py $(wildcard csrc/cpu/*)
+$(STAMP): requirements.txt requirements-gpu.txt setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/pip install --quiet $$(grep -E '^(torch|triton)==' requirements.txt)

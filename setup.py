@@ -65,6 +65,7 @@ def extensions() -> tuple[list, type]:
             try:
                 super().build_extension(extension)
             except Exception as error:
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # else an older one would go on being used
                 skipped(what, error)
             else:
                 print(f"aot_fast: {what} built", flush=True)

@@ -21,7 +21,8 @@ RESULTS = (
 
 def empty_scores(x: Tensor, v_ref: Tensor | None, v_old: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """logp, kl, drift, not yet written; empty where there is none."""
-    sizes = len(x), len(x) if v_ref is not None else 0, len(x) if v_old is not None else 0
+    n = x.shape[0]
+    sizes = n, n if v_ref is not None else 0, n if v_old is not None else 0
     return tuple(torch.empty(size, dtype=torch.float32, device=x.device) for size in sizes)
 
 
@@ -31,7 +32,7 @@ def empty_gradients(v: Tensor, v_uncond: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def empty_flow_loss(logp: Tensor, with_kl: bool, variant: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = len(logp)
+    n = logp.shape[0]
     sizes = len(RESULTS), n, n if with_kl else 0, n if variant == "guard" else 0
     return tuple(torch.empty(size, dtype=torch.float32, device=logp.device) for size in sizes)
 

@@ -45,7 +45,7 @@ def group_advantage(
     require_tensor("group_sizes", sizes, (None,), (torch.int64,))
     if sizes.device.type == "cpu" and not torch.compiler.is_compiling():
         require(
-            bool((sizes >= 0).all()) and int(sizes.sum()) == len(rewards),
+            bool(((sizes >= 0) & (sizes <= len(rewards))).all()) and int(sizes.sum()) == len(rewards),
             "group_sizes",
             sizes.tolist(),
             f"sizes that add up to {len(rewards)}",

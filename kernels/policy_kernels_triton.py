@@ -272,7 +272,8 @@ def finish_kernel(partials, number, loss, scale, results, num_blocks, fixed, div
     else:
         counted = rows == (1 if AGG == "token" else NUM_ROWS - 2)
         count = tl.maximum(tl.sum(tl.where(counted, total, 0.0), axis=0), 1.0)
-    factor = 1.0 / (count * divisor)
+    num_live = tl.sum(tl.where(rows == 1, total, 0.0), axis=0)
+    factor = tl.where(num_live > 0, 1.0 / (count * divisor), 0.0)  # a global count may be 0 where nothing is left
     tl.store(scale, factor)
     tl.store(loss, factor * tl.sum(tl.where(rows == 0, total, 0.0), axis=0))
     tl.store(results + rows, total, mask=rows < NUM_ROWS)

@@ -20,14 +20,14 @@ ROWS = (
 
 def empty_forward(logp: Tensor, entropy: Tensor | None, entropy_coef: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The results of policy_loss_forward, not yet written: loss, gradient, bonus, scale, ROWS."""
-    n = len(logp)
+    n = logp.shape[0]
     num_bonus = 0 if entropy is None or entropy_coef is None else n
     return tuple(logp.new_empty(shape, dtype=torch.float32) for shape in ((), (n,), (num_bonus,), (), (len(ROWS),)))
 
 
 def empty_advantage(rewards: Tensor, sizes: Tensor, eps: float, std: str, ddof: int) -> tuple[Tensor, Tensor, Tensor]:
     """The results of group_advantage, not yet written: the fields of Advantage."""
-    return torch.empty(len(rewards), device=rewards.device), sizes.new_empty(len(sizes), dtype=torch.bool), sizes.new_empty(())
+    return torch.empty(rewards.shape[0], device=rewards.device), sizes.new_empty(sizes.shape[0], dtype=torch.bool), sizes.new_empty(())
 
 
 def fake_forward(logp, entropy, *others):

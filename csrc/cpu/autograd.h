@@ -10,6 +10,13 @@ namespace aot {
 using torch::autograd::variable_list;
 using Context = torch::autograd::AutogradContext;
 
+// Gradients are formed without a graph: a second derivative would silently be 0.
+inline void refuse_twice(const variable_list& upstream) {
+  for (const at::Tensor& t : upstream)
+    TORCH_CHECK(!(t.defined() && t.requires_grad() && at::GradMode::is_enabled()),
+                "trying to differentiate twice a function that is differentiable once");
+}
+
 // The registered operator of that name, whose C++ function has the type F.
 template <class F>
 auto operator_named(const char* name) {

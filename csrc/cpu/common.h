@@ -22,6 +22,10 @@ namespace aot {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline void require_float(at::ScalarType type) {
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "dtype: given ", type, ", expected float32, bfloat16 or float16");
+}
+
 // Numbers of one of the float types; null where a tensor was not given.
 struct Numbers {
   const void* data = nullptr;
@@ -29,12 +33,12 @@ struct Numbers {
   int64_t row_stride = 0;  // elements between rows (samples), whose own elements lie side by side
 
   Numbers() = default;
-  explicit Numbers(const Tensor& t) : data(t.const_data_ptr()), type(t.scalar_type()), row_stride(t.dim() ? t.stride(0) : 0) {}
+  explicit Numbers(const Tensor& t) : data(t.const_data_ptr()), type(t.scalar_type()), row_stride(t.dim() ? t.stride(0) : 0) {
+    require_float(type);
+  }
   explicit Numbers(const OptionalTensor& t) : Numbers(t ? Numbers(*t) : Numbers()) {}
   explicit operator bool() const { return data != nullptr; }
 };
-
-inline bool is_half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
 // Whether the elements of each row, t[i], lie side by side.
 inline bool has_dense_rows(const Tensor& t) {
@@ -66,6 +70,10 @@ inline void require_size(const Tensor& t, int64_t size, const char* name) {
 
 inline void require_size(const OptionalTensor& t, int64_t size, const char* name) {
   if (t) require_size(*t, size, name);
+}
+
+inline void require_shape(const OptionalTensor& t, const Tensor& like, const char* name) {
+  if (t) TORCH_CHECK(t->sizes() == like.sizes(), name, ": given shape ", t->sizes(), ", expected ", like.sizes());
 }
 
 inline const bool* flags(const OptionalTensor& t) { return t ? t->const_data_ptr<bool>() : nullptr; }

@@ -99,6 +99,7 @@ struct Scalars {
   std::vector<float> a, b, std;
 
   explicit Scalars(at::TensorList step) {
+    TORCH_CHECK(step.size() == 4, "step: given ", step.size(), " tensors, expected 4");
     for (const Tensor& t : step) exact.push_back(t.to(at::kDouble).contiguous());
     auto floats = [&](int k) { return std::vector<float>(of(k), of(k) + exact[k].numel()); };
     a = floats(0), b = floats(1), std = floats(2);
@@ -113,9 +114,8 @@ struct StepTensors {
 };
 
 StepPass pass_of(const StepTensors& t, const Scalars& scalars, double guidance, bool rescale, bool rollout) {
-  for (const OptionalTensor& u : {OptionalTensor(t.v), t.v_uncond, t.x_next, t.noise, t.v_ref, t.v_old}) require_size(u, t.x.numel(), "latents");
+  for (const OptionalTensor& u : {OptionalTensor(t.v), t.v_uncond, t.x_next, t.noise, t.v_ref, t.v_old}) require_shape(u, t.x, "latents");
   require_size(t.seeds, t.x.size(0), "seeds");
-  TORCH_CHECK(scalars.exact.size() == 4, "step: given ", scalars.exact.size(), " tensors, expected 4");
   for (const Tensor& u : scalars.exact) require_size(u, t.x.size(0), "step");
   StepPass pass{};
   pass.num_elements = t.x.size(0) ? t.x.numel() / t.x.size(0) : 0;
@@ -159,7 +159,9 @@ std::tuple<Tensor, Tensor, Tensor> score(const StepTensors& t, at::TensorList st
 std::tuple<Tensor, Tensor> flow_step(const Tensor& x, const Tensor& v, const OptionalTensor& v_uncond, const OptionalTensor& noise,
                                      const OptionalTensor& seeds, at::TensorList step, double guidance, bool rescale, bool published,
                                      at::ScalarType storage) {
-  Tensor x_next = at::empty(x.sizes(), x.options().dtype(storage == at::kDouble ? at::kFloat : storage));
+  at::ScalarType narrow = storage == at::kDouble ? at::kFloat : storage;
+  require_float(narrow);
+  Tensor x_next = at::empty(x.sizes(), x.options().dtype(narrow));
   StepTensors t{readable(x), readable(v), readable(v_uncond), x_next, readable(noise), {}, {}, {}};
   if (seeds) t.seeds = seeds->contiguous();
   Tensor logp = std::get<0>(score(t, step, guidance, rescale, published, false, true));
@@ -200,6 +202,7 @@ std::tuple<Tensor, Tensor> flow_logp_gradient(const Tensor& x, const Tensor& v, 
                                               const OptionalTensor& dlogp, const OptionalTensor& dkl, const OptionalTensor& ddrift,
                                               double guidance, bool rescale, bool published, bool flow_grpo_kl) {
   StepTensors t{readable(x), readable(v), readable(v_uncond), readable(x_next), {}, readable(v_ref), readable(v_old), {}};
+  TORCH_CHECK((!dkl || v_ref) && (!ddrift || v_old), "upstream: given that of a score whose v_ref or v_old is not");
   Scalars scalars(step);
   StepGradientPass pass{pass_of(t, scalars, guidance, rescale, false), nullptr, nullptr, nullptr};
   double n = std::max<int64_t>(1, pass.step.num_elements);
@@ -229,6 +232,7 @@ class ScoredStep : public torch::autograd::Function<ScoredStep> {
   }
 
   static variable_list backward(Context* context, variable_list upstream) {
+    refuse_twice(upstream);
     auto saved = context->get_saved_variables();
     std::vector<Tensor> step(saved.begin() + 6, saved.end());
     variable_list inputs(10 + step.size());  // of forward's arguments the list counts by its tensors

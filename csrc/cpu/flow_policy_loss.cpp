@@ -37,7 +37,7 @@ Gradients add_sample(const Sample& x, const Settings& s, double* results) {
   double std = stochastic ? x.std : 1, divergence = stochastic ? x.drift / (2 * std * std) : 0;
   double log_ratio = s.guard ? (d + divergence) * std : d;
   double deviation = std::expm1(clamp(log_ratio, -LIMIT, LIMIT));
-  double loss = -advantage * deviation, slope = log_ratio < -LIMIT || log_ratio > LIMIT ? 0 : -advantage * (1 + deviation);
+  double loss = -advantage * deviation, slope = log_ratio >= -LIMIT && log_ratio <= LIMIT ? -advantage * (1 + deviation) : 0;
   bool dropped = false;
   if (s.dppo) {
     dropped = ((advantage > 0 && deviation > 0) || (advantage < 0 && deviation < 0)) && divergence >= s.tau;

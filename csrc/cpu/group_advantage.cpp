@@ -39,8 +39,9 @@ std::tuple<Tensor, Tensor, Tensor> group_advantage(const Tensor& rewards_, const
   float* out = values.data_ptr<float>();
   int64_t start = 0;
   for (int64_t group = 0; group < num_groups; ++group) {
-    int64_t size = sizes.const_data_ptr<int64_t>()[group], stop = start + size;
-    TORCH_CHECK(size >= 0 && stop <= num_rewards, "group_sizes: given sizes that add up to more than ", num_rewards, " rewards");
+    int64_t size = sizes.const_data_ptr<int64_t>()[group];
+    TORCH_CHECK(size >= 0 && size <= num_rewards - start, "group_sizes: given sizes that add up to more than ", num_rewards, " rewards");
+    int64_t stop = start + size;
     Moments own(r, start, stop);
     bool none = own.count < 2 || own.all_equal;
     degenerate.data_ptr<bool>()[group] = none;

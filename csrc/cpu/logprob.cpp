@@ -74,6 +74,7 @@ Tensor logit_gradient(const Tensor& logits, const Tensor& targets, const Tensor&
                       double temperature, at::ScalarType dtype) {
   Tensor rows = readable(logits);
   at::ScalarType type = dtype == at::kDouble ? at::kFloat : dtype;
+  require_float(type);
   Tensor gradient = at::empty(logits.sizes(), logits.options().dtype(type));
   gradient_into(rows, targets, logp, entropy, valid, highest, log_sum, dlogp, dentropy, temperature, gradient.data_ptr(), type,
                 rows.size(1));
@@ -84,6 +85,7 @@ Tensor logit_gradient(const Tensor& logits, const Tensor& targets, const Tensor&
 void logit_gradient_in_place(const Tensor& logits, const Tensor& targets, const Tensor& logp, const Tensor& entropy, const Tensor& valid,
                              const Tensor& highest, const Tensor& log_sum, const Tensor& dlogp, const OptionalTensor& dentropy,
                              double temperature, at::ScalarType dtype) {
+  require_float(dtype);
   TORCH_CHECK(logits.stride(1) == 1 && c10::elementSize(dtype) <= c10::elementSize(logits.scalar_type()),
               "logits: given ", logits.scalar_type(), " with column stride ", logits.stride(1), ", expected rows at least as wide as ", dtype);
   int64_t stride = logits.stride(0) * (c10::elementSize(logits.scalar_type()) / c10::elementSize(dtype));

@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_forward(
   total[SEQUENCES] = sequences.num_live;
   total[RATIO_DEVIATION] = largest;
   double count = number ? number->item().toDouble() : fixed ? *fixed : std::max(1.0, total[agg == "token" ? TOKENS : SEQUENCES]);
-  double factor = 1 / (count * divisor);
+  double factor = total[TOKENS] == 0 ? 0 : 1 / (count * divisor);  // a global count may be 0 where nothing is left
   *scale.data_ptr<float>() = factor;
   *value.data_ptr<float>() = factor * total[LOSS];
   std::copy(total, total + NUM_SUMS, results.data_ptr<float>());
@@ -157,6 +157,7 @@ std::tuple<Tensor, Tensor> policy_loss_backward(const Tensor& gradient, const Te
   float factor = scale.item().toFloat() * upstream.item().toFloat();
   auto scaled = [&](const Tensor& values, at::ScalarType wanted) {
     at::ScalarType type = wanted == at::kDouble ? at::kFloat : wanted;
+    require_float(type);
     Tensor out = at::empty(values.sizes(), values.options().dtype(type));
     const float* data = values.const_data_ptr<float>();
     parallel(values.numel(), 1, [&](int64_t begin, int64_t end) { AOT_CALL(scale, data, factor, out.data_ptr(), type, begin, end); });
@@ -182,6 +183,7 @@ class PolicyLoss : public torch::autograd::Function<PolicyLoss> {
   static variable_list backward(Context* context, variable_list upstream) {
     variable_list inputs(NUM_INPUTS);
     if (!upstream[0].defined()) return inputs;
+    refuse_twice(upstream);
     auto saved = context->get_saved_variables();
     auto [dlogp, dentropy] = operator_named<decltype(policy_loss_backward)>("aot_fast_cpu::policy_loss_backward")
                                  .call(saved[0], saved[1], saved[2], upstream[0], context->saved_data["logp"].toScalarType(),

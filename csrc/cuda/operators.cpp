@@ -24,8 +24,11 @@ Number number_of(at::ScalarType type, const char* name) {
 
 bool fits(const Tensor& logits) {
   bool known = logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16;
-  return logits.is_cuda() && logits.dim() == 2 && known && logits.stride(1) == 1 &&
-         reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0 && at::cuda::getCurrentDeviceProperties()->major == 9 &&
+  if (!logits.is_cuda() || logits.dim() != 2 || !known || logits.stride(1) != 1) return false;
+  bool apart = logits.size(0) <= 1 || logits.stride(0) >= logits.size(1);
+  return apart && logits.size(0) <= std::numeric_limits<int>::max() / 2 && logits.size(1) <= 1 << 20 &&
+         reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0 &&
+         at::cuda::getDeviceProperties(logits.get_device())->major == 9 &&
          fits_row_loss(logits.size(1), logits.stride(0), number_of(logits.scalar_type(), "logits"));
 }
 
@@ -38,10 +41,18 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(const Tensor& logits, const Tensor& 
                                             at::ScalarType dtype) {
   TORCH_CHECK(fits(logits), "logits: given ", logits.sizes(), " ", logits.scalar_type(),
               ", expected rows of a multiple of 8 columns, 16-byte aligned, on a device of compute capability 9.x");
-  TORCH_CHECK(loss != "gspo", "loss: given 'gspo', expected 'ppo' or 'cispo'");
+  TORCH_CHECK(loss == "ppo" || loss == "cispo", "loss: given '", loss, "', expected 'ppo' or 'cispo'");
+  TORCH_CHECK(kl == "k1" || kl == "k2" || kl == "k3", "kl: given '", kl, "', expected 'k1', 'k2' or 'k3'");
+  TORCH_CHECK(beta == 0 || ref, "ref: given none, expected [N] because beta is ", beta);
   c10::cuda::CUDAGuard device(logits.device());
   auto options = logits.options().dtype(at::kFloat);
   int64_t n = logits.size(0);
+  auto check = [&](const std::optional<Tensor>& t, at::ScalarType type, const char* name) {
+    TORCH_CHECK(!t || (t->device() == logits.device() && t->dim() == 1 && t->size(0) == n && t->is_contiguous() && t->scalar_type() == type),
+                name, ": given ", t->sizes(), " ", t->scalar_type(), ", expected [", n, "] contiguous ", type, " beside the logits");
+  };
+  check(targets, at::kLong, "targets"), check(advantages, at::kFloat, "advantages"), check(weight, at::kFloat, "weight");
+  check(old, at::kFloat, "old"), check(ref, at::kFloat, "ref");
   Tensor logp = at::empty({n}, options), entropy = at::empty({n}, options), valid = at::empty({n}, options.dtype(at::kBool));
   RowLoss arguments{logits.data_ptr(), logits.stride(0), static_cast<int>(n), static_cast<int>(logits.size(1)),
                     targets.const_data_ptr<int64_t>(), advantages.const_data_ptr<float>(), floats(old), floats(ref),

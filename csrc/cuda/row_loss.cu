@@ -83,6 +83,9 @@ struct Pack<__nv_bfloat16> {
   }
 };
 
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
 __device__ uint32_t two_bf16(float low, float high) {
   __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<uint32_t*>(&pair);
@@ -114,17 +117,24 @@ struct Sums {
   float spread;   // sum e^z z
 };
 
-// The same sums by a higher maximum.
+// The larger one; of a NaN, NaN.
+__device__ float larger(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// The same sums by a higher maximum. Below LOWEST the factor is 0, and 0 times what may have overflowed is not.
 __device__ void raise(Sums& s, float highest, float inverse_temperature) {
   if (s.highest == highest) return;
   float shift = (s.highest - highest) * inverse_temperature, factor = __expf(shift);
-  s.spread = s.highest == NONE ? 0 : factor * (s.spread + shift * s.weight);  // -inf times 0
+  s.spread = factor * (s.spread + fmaxf(shift, LOWEST) * s.weight);
   s.weight *= factor;
   s.highest = highest;
 }
 
 __device__ void merge(Sums& s, Sums other, float inverse_temperature) {
-  float highest = fmaxf(s.highest, other.highest);
+  float highest = larger(s.highest, other.highest);
   raise(s, highest, inverse_temperature);
   raise(other, highest, inverse_temperature);
   s.weight += other.weight;
@@ -135,7 +145,7 @@ template <class T>
 __device__ void add(Sums& s, const Pack<T>& pack, float inverse_temperature) {
   float highest = s.highest;
 #pragma unroll
-  for (int k = 0; k < Pack<T>::SIZE; ++k) highest = fmaxf(highest, pack.x[k]);
+  for (int k = 0; k < Pack<T>::SIZE; ++k) highest = larger(highest, pack.x[k]);
   if (highest == NONE) return;  // -inf - -inf is NaN
   raise(s, highest, inverse_temperature);
 #pragma unroll
@@ -163,7 +173,7 @@ __device__ Sums over_the_warp(Sums s, float inverse_temperature) {
 __device__ float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // a NaN stays one
 
 __device__ float surrogate_slope(const RowLoss& a, float log_ratio, float advantage) {
-  float ratio = __expf(clamp(log_ratio, -LIMIT, LIMIT)), clipped = clamp(ratio, a.ratio_low, a.ratio_high);
+  float ratio = expf(clamp(log_ratio, -LIMIT, LIMIT)), clipped = clamp(ratio, a.ratio_low, a.ratio_high);
   if (a.cispo) return clipped * advantage;
   float plain = ratio * advantage, bound = a.dual_clip * advantage;
   clipped *= advantage;
@@ -183,6 +193,7 @@ __device__ float kl_slope(int kind, float q) {
 struct RowGradient {
   float highest, log_sum, logp, entropy;
   float dlogp, dentropy;  // already over the temperature
+  float at_target;        // dL/dlogit of the target, but for the entropy
   int target;             // -1: not valid
 };
 
@@ -198,20 +209,38 @@ __device__ RowGradient gradient_of(const RowLoss& a, int row, const Sums& s, flo
   float weight = valid ? a.weight[row] : 0;
   g.dlogp = g.dentropy = 0;
   if (weight != 0) {
-    float log_ratio = a.old_logp ? g.logp - a.old_logp[row] : 0;
+    float log_ratio = g.logp - (a.old_logp ? a.old_logp[row] : g.logp);
     float slope = -surrogate_slope(a, log_ratio, a.advantages[row]);
     if (a.beta > 0) slope += a.beta * kl_slope(a.kl, a.ref_logp[row] - g.logp);
     g.dlogp = weight * slope * a.inverse_temperature;
     g.dentropy = -a.entropy_coef * weight * a.inverse_temperature;
   }
+  // 1 - p of the target as -expm1(log p): p rounded before the subtraction loses the whole gradient of a likely token.
+  g.at_target = -g.dlogp * expm1f(g.logp);
   return g;
 }
 
-__device__ float logit_gradient(const RowGradient& g, float logit, int column, float inverse_temperature) {
-  float log_p = (logit - g.highest) * inverse_temperature - g.log_sum, p = __expf(log_p);
-  // 1 - p of the target as -expm1(log p): p rounded before the subtraction loses the whole gradient of a likely token.
-  float value = column == g.target ? -g.dlogp * expm1f(g.logp) : -g.dlogp * p;
-  return value - g.dentropy * p * (fmaxf(log_p, LOWEST) + g.entropy);
+// dL/dlogits of the packs of a slice.
+template <bool WITH_ENTROPY, class In, class Out>
+__device__ void write_gradient(const RowGradient& g, const In* logits, int count, int target, float inverse_temperature, Out* out) {
+  for (int i = threadIdx.x * Pack<In>::SIZE; i < count; i += THREADS * Pack<In>::SIZE) {
+    Pack<In> pack(logits + i);
+    unsigned place = target - i;
+#pragma unroll
+    for (int k = 0; k < Pack<In>::SIZE; ++k) {
+      float log_p = (pack.x[k] - g.highest) * inverse_temperature - g.log_sum, p = __expf(log_p);
+      pack.x[k] = place == k ? g.at_target : -g.dlogp * p;
+      if (WITH_ENTROPY) pack.x[k] -= g.dentropy * p * (fmaxf(log_p, LOWEST) + g.entropy);
+    }
+    put(out + i, pack.x);
+  }
+}
+
+// The row of a masked token may be NaN, and 0 times NaN is not 0.
+template <class In, class Out>
+__device__ void write_zeros(int count, Out* out) {
+  float zeros[Pack<In>::SIZE] = {};
+  for (int i = threadIdx.x * Pack<In>::SIZE; i < count; i += THREADS * Pack<In>::SIZE) put(out + i, zeros);
 }
 
 // What the blocks of a cluster tell each other about a row.
@@ -264,10 +293,11 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) ro
   if (thread == 0) {
     for (int k = 0; k < 2 * STAGES; ++k) init(&barriers[k / STAGES][k % STAGES]);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     for (int k = 0; k < num_buffers; ++k)
       if (first_row + k * row_step < a.num_rows) load(first_row + k * row_step, k);
   }
-  __syncthreads();
+  cluster.sync();  // every block exists, and may be written to
 
   for (int turn = 0, row = first_row; row < a.num_rows; ++turn, row += row_step) {
     int buffer = turn % num_buffers;
@@ -275,12 +305,10 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) ro
     const In* logits = buffers + buffer * buffer_size;
 
     Sums sums{NONE, 0, 0};
-    for (int stage = 0; stage < STAGES; ++stage) {
-      int size = slice.piece_size(stage);
-      if (size == 0) break;
+    for (int stage = 0, i = thread * Pack<In>::SIZE; stage * slice.piece < slice.count; ++stage) {
+      int end = min((stage + 1) * slice.piece, slice.count);
       wait(&barriers[buffer][stage], parity);
-      for (int i = thread * Pack<In>::SIZE; i < size; i += THREADS * Pack<In>::SIZE)
-        add(sums, Pack<In>(logits + stage * slice.piece + i), a.inverse_temperature);
+      for (; i < end; i += THREADS * Pack<In>::SIZE) add(sums, Pack<In>(logits + i), a.inverse_temperature);
     }
     sums = over_the_warp(sums, a.inverse_temperature);
     if (thread % 32 == 0) of_warps[thread / 32] = sums;
@@ -289,18 +317,16 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) ro
       Share own{of_warps[0], NONE};
       for (int k = 1; k < THREADS / 32; ++k) merge(own.sums, of_warps[k], a.inverse_temperature);
       int64_t place = a.targets[row] - slice.first;
-      if (place >= 0 && place < slice.count) own.target_logit = static_cast<float>(logits[place]);
+      if (place >= 0 && place < slice.count) own.target_logit = to_float(logits[place]);
       *cluster.map_shared_rank(&shares[turn & 1][rank], thread) = own;
     }
     cluster.sync();  // every block has its slice on chip, and all shares
 
     Share total = shares[turn & 1][0];
-    for (int k = 1; k < CLUSTER; ++k) {
-      merge(total.sums, shares[turn & 1][k].sums, a.inverse_temperature);
-      total.target_logit = fmaxf(total.target_logit, shares[turn & 1][k].target_logit);
-    }
+    for (int k = 1; k < CLUSTER; ++k) merge(total.sums, shares[turn & 1][k].sums, a.inverse_temperature);
     int64_t wanted = a.targets[row];
     int target = wanted >= 0 && wanted < a.num_columns ? static_cast<int>(wanted) : -1;
+    if (target >= 0) total.target_logit = shares[turn & 1][target / Slice::slice_columns(a.num_columns)].target_logit;
     RowGradient g = gradient_of(a, row, total.sums, total.target_logit, target);
     if (rank == 0 && thread == 0) {
       a.logp[row] = g.logp;
@@ -309,14 +335,13 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) ro
     }
 
     Out* out = reinterpret_cast<Out*>(static_cast<In*>(a.logits) + row * a.row_stride) + slice.first;
-    bool dead = g.dlogp == 0 && g.dentropy == 0;  // the row of a masked token may be NaN, and 0 times NaN is not 0
-    for (int i = thread * Pack<In>::SIZE; i < slice.count; i += THREADS * Pack<In>::SIZE) {
-      Pack<In> pack(logits + i);
-#pragma unroll
-      for (int k = 0; k < Pack<In>::SIZE; ++k)
-        pack.x[k] = dead ? 0.0f : logit_gradient(g, pack.x[k], slice.first + i + k, a.inverse_temperature);
-      put(out + i, pack.x);
-    }
+    int place = g.target - slice.first;
+    if (g.dlogp == 0 && g.dentropy == 0)
+      write_zeros<In>(slice.count, out);
+    else if (g.dentropy == 0)
+      write_gradient<false>(g, logits, slice.count, place, a.inverse_temperature, out);
+    else
+      write_gradient<true>(g, logits, slice.count, place, a.inverse_temperature, out);
     __syncthreads();  // the buffer has been read
     if (thread == 0 && row + num_buffers * row_step < a.num_rows) load(row + num_buffers * row_step, buffer);
   }
@@ -330,12 +355,19 @@ size_t buffer_bytes(int num_columns, Number logits) {
 template <class In, class Out>
 cudaError_t launch(const RowLoss& a, Number logits, cudaStream_t stream) {
   size_t bytes = buffer_bytes(a.num_columns, logits);
-  int num_buffers = 2 * bytes <= SHARED_BYTES ? 2 : 1, device = 0, num_sms = 0;
+  int num_buffers = 2 * bytes <= SHARED_BYTES ? 2 : 1, resident = 0;
   cudaError_t error = cudaFuncSetAttribute(row_loss_kernel<In, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, num_buffers * bytes);
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  // A cluster lives inside one of the chip's uneven parts: fewer fit than multiprocessors / 8, and one too many would start when the others end.
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute shape;
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim = {CLUSTER, 1, 1};
+  config.gridDim = CLUSTER, config.blockDim = THREADS, config.dynamicSmemBytes = num_buffers * bytes;
+  config.stream = stream, config.attrs = &shape, config.numAttrs = 1;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&resident, row_loss_kernel<In, Out>, &config);
+  if (error == cudaSuccess && resident == 0) error = cudaErrorLaunchOutOfResources;
   if (error != cudaSuccess) return error;
-  int clusters = min(a.num_rows, num_sms / CLUSTER);
+  int clusters = min(a.num_rows, resident);
   row_loss_kernel<In, Out><<<clusters * CLUSTER, THREADS, num_buffers * bytes, stream>>>(a, num_buffers);
   return cudaGetLastError();
 }

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "row_loss.cu"
 
@@ -18,7 +19,9 @@ def compiled(tmp_path_factory) -> tuple[str, str]:
     ahead_of_time = pytest.importorskip("aot_fast.kernels.ahead_of_time")
     cubin = tmp_path_factory.mktemp("cuda") / "row_loss.cubin"
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
-    done = subprocess.run(["nvcc", "-O3", "-std=c++17", *target, "-cubin", "-o", cubin, SOURCE], capture_output=True, text=True)
+    # torch's own flags, which take the conversions of bf16 away
+    flags = ["-O3", "-std=c++20", *cpp_extension.COMMON_NVCC_FLAGS, *target]
+    done = subprocess.run(["nvcc", *flags, "-cubin", "-o", cubin, SOURCE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr, subprocess.run([ahead_of_time._tool(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
 

@@ -178,6 +178,18 @@ def test_noise_from_seeds_equals_stored_noise(dtype, each_backend):
     assert torch.equal(drawn.x_next, given.x_next) and torch.equal(drawn.logp, given.logp)
 
 
+@pytest.mark.parametrize("channels", (3, 7))  # tokens that no block of four normals starts with
+def test_noise_from_seeds_of_whole_tokens(channels, each_backend):
+    shape = (2, 1400 // channels if each_backend != "triton" else 40, channels)
+    data, seeds = latents(shape=shape), torch.tensor([1, 2])
+    guide = {"eta": 1.0, "v_uncond": data["v_uncond"], "guidance": 3.0}
+    count = shape[1] * channels
+    normals = K.philox_normal(seeds, count)
+    drawn = K.flow_step(data["x"], data["v"], 0.7, 0.6, seeds=seeds, **guide)
+    given = K.flow_step(data["x"], data["v"], 0.7, 0.6, noise=normals.view(shape), **guide)
+    torch.testing.assert_close(drawn.x_next, given.x_next, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_the_log_probability_belongs_to_the_stored_latent(dtype, each_backend):
     if each_backend == "triton" and dtype == torch.bfloat16:
@@ -240,6 +252,15 @@ def test_only_the_velocity_that_asks_gets_a_gradient():
             data["x"], velocities["v"], data["noise"], 0.7, 0.6, dynamics="dance", eta=0.5, v_uncond=velocities["v_uncond"], guidance=2.0
         )
         assert torch.autograd.grad(out.logp.sum(), leaf)[0].abs().sum() > 0
+
+
+def test_a_second_derivative_is_refused(each_backend):
+    data, weight = latents(), torch.ones(3, requires_grad=True)
+    v = data["v"].requires_grad_()
+    logp = K.flow_logp(data["x"], v, data["noise"], 0.7, 0.6, dynamics="dance", eta=0.5).logp
+    with pytest.raises(RuntimeError, match="differentiate twice|not have been used"):
+        (first,) = torch.autograd.grad((logp * weight).sum(), v, create_graph=True)
+        torch.autograd.grad(first.sum(), weight)
 
 
 def test_registered_operators_keep_their_promises(operators):

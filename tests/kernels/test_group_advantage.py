@@ -123,6 +123,7 @@ def test_errors_name_what_was_given_and_what_was_expected():
             lambda: K.group_advantage(rewards, torch.tensor([2, 3], device="cpu")),  # sizes on a GPU are not read
             r"group_sizes: given \[2, 3\], expected sizes that add up to 4",
         ),
+        (lambda: K.group_advantage(rewards, [1, 2**63 - 1, 2**63 - 1, 5]), "group_sizes: given"),  # whose sum wraps around to 4
         (lambda: K.group_advantage(rewards, [2, 2], std="mean"), "std: given 'mean', expected one of"),
         (lambda: K.group_advantage(rewards, [2, 2], ddof=2), "ddof: given 2, expected 0 or 1"),
         (lambda: K.group_advantage(rewards.long(), [4]), "rewards: given torch.int64"),

@@ -63,6 +63,20 @@ def test_gradient_of_a_likely_target_survives_bf16_logits(probability):
     assert relative < 0.01
 
 
+def test_the_weights_of_unlikely_tokens_are_not_lost_beside_a_likely_one(each_backend):
+    """A target of 1 - p = 4.5e-5 over 32,768 tokens: each other weight is 1e-9 of the maximum's, below fp32's half unit of 1."""
+    if each_backend == "triton":
+        pytest.skip("32,768 columns take the interpreter long")
+    logits = torch.full((1, 32_768), -20.4, requires_grad=True)
+    with torch.no_grad():
+        logits[0, 5] = 0
+    out = K.logprob(logits, torch.tensor([5]))
+    (gradient,) = torch.autograd.grad(out.logp.sum(), logits)
+    rest = 32_767 * math.exp(-20.4)
+    # each weight is off by 2e-7; z = -20.4 is rounded by 1e-6
+    assert gradient[0, 5].item() == pytest.approx(rest / (1 + rest), rel=3e-6 if each_backend != "cuda" else 1e-2)
+
+
 def test_minus_infinity_and_targets_out_of_range():
     logits, targets, generator = rows(7, 4100)
     logits[0, 5] = -math.inf
@@ -81,6 +95,20 @@ def test_minus_infinity_and_targets_out_of_range():
     logp, entropy = oracle.logprob(logits.detach().double(), targets)
     assert error(out.logp, logp) <= FP32 and error(out.entropy, entropy) <= FP32
     assert (logits.grad[1, :4096] == 0).all() and logits.grad[1, 4096:].abs().sum() > 0
+
+
+@pytest.mark.parametrize("low", (-1e36, -1e38, torch.finfo(torch.float32).min))  # what masks columns in place of -inf
+def test_very_low_logits_are_as_minus_infinity(low):
+    logits, targets, _ = rows(2, 9001)
+    logits[:, :4500], targets[:] = low, 8000
+    hidden = logits.clone()
+    hidden[:, :4500] = -math.inf
+    results = []
+    for leaf in (logits.requires_grad_(), hidden.requires_grad_()):
+        out = K.logprob(leaf, targets)
+        results.append((out.logp, out.entropy, *torch.autograd.grad(out.logp.sum() + out.entropy.sum(), leaf)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_row_of_nan_without_upstream_gradient_gets_zero():

@@ -54,7 +54,11 @@ def test_operators_called_alone_do_not_read_beyond_what_they_are_given():
         (lambda: ops.logit_gradient(rows, targets, *[short] * 5, None, None, 1.0, torch.float32), "statistics: given 2"),
         (lambda: K.dispatch._load("native:policy_loss_csrc")(targets.float(), None, short, *[None] * 5, SETTINGS), "advantages: given 2"),
         (lambda: ops.guided_velocity(rows, short, 2.0, False), "v_uncond: given 2 numbers, expected 512"),
-        (lambda: ops.flow_logp(rows, rows, None, short, None, None, step, 1.0, False, False, False), "latents: given 2"),
+        (lambda: ops.flow_logp(rows, rows, None, short, None, None, step, 1.0, False, False, False), r"latents: given shape \[2\]"),
+        (lambda: ops.flow_logp(rows, rows.view(1, 512), None, rows, None, None, step, 1.0, False, False, False), r"given shape \[1, 512\]"),
+        (lambda: ops.flow_logp(rows, rows, None, rows, None, None, [], 1.0, False, False, False), "step: given 0 tensors, expected 4"),
+        (lambda: ops.row_stats(rows.long(), targets, 1.0), "dtype: given Long, expected float32"),
+        (lambda: ops.flow_step(rows, rows, None, None, None, step, 1.0, False, False, torch.int64), "dtype: given Long"),
         (lambda: ops.flow_logp(rows, rows, None, rows, None, None, [short] * 4, 1.0, False, False, False), "step: given 2"),
         (lambda: ops.group_advantage(short, targets + 1, 1e-6, "group", 1), "group_sizes: given sizes that add up to more than 2"),
     )

@@ -371,6 +371,41 @@ def test_registered_operators_keep_their_promises(operators, agg):
     torch.library.opcheck(operators.policy_loss_backward.default, (data["logp"], entropy, *ups, torch.float32, torch.float32))
 
 
+@pytest.mark.parametrize(("agg", "name"), [("token", "num_tokens"), ("seq_mean", "num_sequences"), ("seq_sum_norm", "num_sequences")])
+@pytest.mark.parametrize("count", (0.0, 0))
+def test_nothing_left_and_a_global_count_of_zero_is_zero(agg, name, count):
+    data = batch()
+    data["mask"][:] = False
+    leaf = data["logp"].requires_grad_()
+    normaliser = torch.tensor(count) if count == 0 and isinstance(count, int) else count
+    loss = K.policy_loss(**data, agg=agg, max_length=16.0, **{name: normaliser}).loss
+    assert loss == 0 and (torch.autograd.grad(loss, leaf)[0] == 0).all()
+
+
+def test_a_reference_that_counts_for_nothing_may_be_nan():
+    data = batch()
+    data["ref_logp"][:] = math.nan
+    out = K.policy_loss(**data)
+    assert out.loss.isfinite() and out.metrics["sum/kl_ref"].isnan()
+
+
+def test_a_second_derivative_is_refused():
+    data, weight = batch(), torch.ones((), requires_grad=True)
+    leaf = data["logp"].requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiate twice|not have been used"):
+        (first,) = torch.autograd.grad(K.policy_loss(**data).loss * weight, leaf, create_graph=True)
+        torch.autograd.grad(first.sum(), weight)
+
+
+def test_another_number_of_tokens_is_not_compiled_again(operators):
+    frames = []
+    run = torch.compile(K.policy_loss, fullgraph=True, backend=lambda graph, _: frames.append(graph) or graph.forward)
+    for n in (40, 41, 57, 83, 120):
+        x = torch.randn(n, requires_grad=True)
+        run(x, torch.randn(n)).loss.backward()
+    assert len(frames) == 2  # the first size, and any other
+
+
 def test_the_operator_traces_without_a_graph_break(operators):
     data, results = batch(), []
     fields = {name: data[name] for name in ("old_logp", "ref_logp", "mask")}
