@@ -63,7 +63,10 @@ SEQUENCES = {"loss": "gspo", "agg": "seq_mean", "beta": 0.1, "entropy_coef": 0.0
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("changes", [{}, SEQUENCES], ids=["dapo", "gspo-lora-kl"])
 def test_twenty_updates_are_the_plain_ones(backend, changes, defender_folder, runtime, head_calls):
-    """fp32 sums in another order differ by under 1e-6 an update (test_dapo.py); twenty updates add up to under 1e-5."""
+    """fp32 sums in another order differ by under 1e-6 an update (test_dapo.py); twenty updates add up to under 1e-5.
+
+    So on a GPU too, in fp32 without TF32; that has not been run.
+    """
     plain, expected = train("reference", defender_folder, runtime, **changes)
     assert head_calls == {"logprob": head_calls["logprob"], "linear_policy_loss": 0, "linear_logprob": 0} and head_calls["logprob"]
     head_calls["logprob"] = 0
