@@ -19,6 +19,7 @@ from aot_fast.defender import dapo
 from aot_fast.defender.answers import answerer, likelihood
 from aot_fast.defender.groups import collect
 from aot_fast.defender.model import export_defender
+from aot_fast.defender.prompts import Prompts
 from aot_fast.engine import TooManyBadSteps, close_runtime, on_rank_0, open_runtime
 from aot_fast.evaluation.heldout import evaluate, publish
 from aot_fast.game import Game, Stopped, backend, judge_of
@@ -69,16 +70,17 @@ def train_defender(game: Game, examples: Pictures) -> None:
     steps, size = game.steps()[game.cursor.phase], config.defender.prompts_per_step
     reference = game.first_defender() if config.defender.beta and not config.defender.lora.rank else None
     game.attacker.player.offload()
-    while game.cursor.step < steps:
-        with game.spans(f"{game.cursor.phase}/rollout"):
-            collected = collect(defender, examples, game.stream, game.stopping)
-        game.check_stop()  # a rollout that was cut short is not trained on: it is drawn again when the run continues
-        rows = []
-        for first in range(0, config.defender.steps_per_rollout * size, size):
-            if game.cursor.step + len(rows) < steps:
-                with game.spans(f"{game.cursor.phase}/update"):
-                    rows.append(collected.metrics | dapo.update(defender, examples, collected.groups[first : first + size], reference))
-        game.advance(rows)
+    with Prompts(defender, examples) as prompts:
+        while game.cursor.step < steps:
+            with game.spans(f"{game.cursor.phase}/rollout"):
+                collected = collect(defender, prompts, game.stream, game.stopping)
+            game.check_stop()  # a rollout that was cut short is not trained on: it is drawn again when the run continues
+            with game.spans(f"{game.cursor.phase}/update"):
+                groups, rows = dapo.with_old_logp(defender, prompts, collected.groups), []
+                for first in range(0, config.defender.steps_per_rollout * size, size):
+                    if game.cursor.step + len(rows) < steps:
+                        rows.append(collected.metrics | dapo.update(defender, prompts, groups[first : first + size], reference))
+            game.advance(rows)
     game.attacker.player.reload()
 
 

@@ -105,11 +105,18 @@ class DefenderConfig:
     """Folder in the Hugging Face layout, hub id, or `asset:NAME` for a bundled one."""
     revision: str = ""
     """Pinned commit of a hub id; required for one."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """flash_attention_2 needs the package flash-attn, flex_attention a GPU."""
+    shared_prefix: bool = True
+    """Compute a prompt once for all of its responses, in rollout and training; false: the plain path, a padded row for every response."""
+    liger: bool = True
+    """On a GPU, where liger-kernel is installed, take its RMSNorm and SwiGLU."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train_vision: bool = True
     """Train the vision tower too."""
+    vision_lr: float = 0.0
+    """Learning rate of the vision tower; 0: as optimizer.lr."""
     gradient_checkpointing: bool = False
     min_pixels: int = 0
     """Smallest image after resizing; 0: as the model's processor says."""
@@ -134,8 +141,19 @@ class DefenderConfig:
     """Policy versions a banked group may be old."""
     rollout_batch: int = 64
     """Responses generated at a time on one rank."""
+    tokens_per_microbatch: int = 16384
+    """Tokens in one forward and backward on one rank (shared_prefix); a prompt with one response may be more."""
     microbatch: int = 4
-    """Responses in one forward and backward on one rank."""
+    """Responses in one forward and backward on one rank (shared_prefix: false)."""
+    prefetch_workers: int = 2
+    """Threads that decode and cut up pictures ahead of their use; 0: none."""
+    prefetch_bytes: int = 4 << 30
+    """Host memory for prompts with their pictures."""
+    old_logp: Literal["rollout", "recompute"] = "rollout"
+    """Old log-probs of the ratio once the policy has moved: those recorded while sampling, or the trainer's own, from one more forward pass
+    after the rollout."""
+    importance_cap: float = 0.0
+    """Weigh each token by min(exp(trainer's - sampler's log-prob at the sampling policy), this); 0: off. Needs old_logp: recompute."""
     head_chunk_rows: int = 4096
     """Response tokens whose logits are held at once, in fp32 (4,096 of 152,064: 2.3 GiB). Changes results by rounding only."""
     loss: Literal["ppo", "gspo", "cispo"] = "ppo"

@@ -310,13 +310,17 @@ def adapter_off(module: nn.Module) -> Iterator[None]:
 
 
 def microbatches(runtime: Runtime, items: Sequence[T], size: int) -> list[list[T]]:
-    """Split this rank's items into micro-batches, as many as the rank with the most has; short ranks end with empty lists.
+    """This rank's items in micro-batches of `size`, as many as the rank with the most has. A collective."""
+    return evened(runtime, [list(items[i : i + size]) for i in range(0, len(items), size)])
+
+
+def evened(runtime: Runtime, batches: list[list[T]]) -> list[list[T]]:
+    """This rank's micro-batches, then empty ones until it has as many as the rank with the most. A collective.
 
     An empty list stands for a micro-batch of zero weight that must still run forward and backward (ZeRO-3 waits for every rank).
     """
-    own = [list(items[i : i + size]) for i in range(0, len(items), size)]
-    most = int(runtime.all_reduce(torch.tensor(len(own), device=runtime.device), "max"))
-    return own + [[] for _ in range(most - len(own))]
+    most = int(runtime.all_reduce(torch.tensor(len(batches), device=runtime.device), "max"))
+    return batches + [[] for _ in range(most - len(batches))]
 
 
 def whole_state(player: Player, trainable_only: bool = False) -> dict[str, Tensor]:

@@ -224,6 +224,9 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
             "a bundled judge knows nothing but the small world",
             "name yours, or leave it empty",
         )
+    if d.importance_cap and d.old_logp != "recompute":
+        rule = "the weight compares the trainer's log-prob with the sampler's, and the trainer's is not recorded"
+        yield "defender.importance_cap", d.importance_cap, rule, "set defender.old_logp recompute, or 0"
     if d.group_size < 2:
         yield "defender.group_size", d.group_size, "a group of one has no advantage", "use at least 2"
     if any(name.endswith("lm_head") for name in d.lora.targets) and c.kernels.backend != "reference":
@@ -254,6 +257,7 @@ POSITIVE = (
     "engine.timeout_s engine.max_bad_steps defender.temperature defender.top_p "
     "data.world_size data.max_image_pixels defender.group_size defender.prompts_per_step "
     "defender.steps_per_rollout defender.max_generation_batches defender.rollout_batch defender.microbatch defender.head_chunk_rows "
+    "defender.tokens_per_microbatch defender.prefetch_bytes "
     "defender.max_prompt_tokens defender.max_response_tokens defender.optimizer.lr "
     "attacker.optimizer.lr attacker.num_steps attacker.group_size attacker.prompts_per_step attacker.rollout_batch "
     "attacker.microbatch attacker.target_pixels attacker.reference_pixels "
@@ -268,7 +272,7 @@ NOT_NEGATIVE = (
     "data.num_train data.num_heldout defender.beta defender.entropy_coef attacker.eta attacker.beta attacker.clip "
     "game.warmup_steps game.rounds game.attacker_steps game.defender_steps run.stop_after run.threads reward.pad reward.temperature "
     "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials "
-    "curation.num_pictures attacker.probe_edits "
+    "curation.num_pictures attacker.probe_edits defender.vision_lr defender.prefetch_workers defender.importance_cap "
     "defender.lora.rank attacker.lora.rank"
 ).split()
 

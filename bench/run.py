@@ -48,7 +48,7 @@ def main() -> None:
     command = shlex.join(["python", "bench/run.py", *sys.argv[1:]])
     result = {
         "command": command,
-        "machine": _machine(args.device, args.commit),
+        "machine": machine(args.device, args.commit),
         "speed_of_light": speed,
         "tests": tests.splitlines()[-1:],
         "rows": rows,
@@ -143,7 +143,7 @@ def _gpu_tests() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout[-6000:]
 
 
-def _machine(device: str, commit: str) -> dict[str, str]:
+def machine(device: str, commit: str) -> dict[str, str]:
     import triton
 
     if not commit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,10 @@ from aot_fast.bootstrap.model import defender_config
 from aot_fast.config import DefenderConfig, OptimizerConfig
 from aot_fast.data.scenes import make_question, render
 from aot_fast.data.schema import Example
+from aot_fast.defender.drawing import Response, Sampling
+from aot_fast.defender.model import Defender
+from aot_fast.defender.prompt import encode
+from aot_fast.defender.rollout import sample
 
 
 def random_defender_folder(folder: Path, seed: int = 0) -> Path:
@@ -43,3 +48,8 @@ def scene_examples(count: int, split: str = "train") -> list[Example]:
     """Questions with rendered pictures, of differing prompt lengths."""
     drawn = [make_question(split, index, 64) for index in range(count)]
     return [Example(question, render(scene, 64)) for scene, question in drawn]
+
+
+def answers_to(defender: Defender, examples: Sequence[Example], seeds: Sequence[int], sampling: Sampling) -> list[list[Response]]:
+    """A rollout on examples."""
+    return sample(defender, (encode(defender, example) for example in examples), seeds, sampling)

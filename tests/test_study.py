@@ -9,9 +9,11 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from aot_fast.__main__ import main
+from aot_fast.engine import Runtime
 from aot_fast.evaluation.tables import read_edits, read_predictions
 from aot_fast.settings import SettingsError, load
 from aot_fast.study import plan, play, summary
@@ -294,7 +296,11 @@ def test_every_step_of_tiny_study_draws_the_same_number_of_groups(monkeypatch):
     assert config.prompts_per_try > 0 and config.max_generation_batches == 1 and config.max_staleness == 0
     shares = iter((0, 3, config.prompts_per_try, 8, config.prompts_per_try))
 
-    def roll(defender, examples, seed, drawn):
+    class Unasked(list):
+        def prefetch(self, indices):
+            pass
+
+    def roll(defender, prompts, seed, drawn):
         mixed = next(shares)
         return [groups_of.Group(i, "k", (), (), (i < mixed, False), defender.version) for i in range(len(drawn))]
 
@@ -302,12 +308,14 @@ def test_every_step_of_tiny_study_draws_the_same_number_of_groups(monkeypatch):
     monkeypatch.setattr(groups_of, "_rollout_metrics", lambda groups: {})
     defender, stream = Untrained(config), groups_of.Stream(0)
     for _ in range(5):
-        assert groups_of.collect(defender, range(100), stream).metrics["groups/drawn"] == config.prompts_per_try
+        assert groups_of.collect(defender, Unasked(range(100)), stream).metrics["groups/drawn"] == config.prompts_per_try
         defender.version += 1
 
 
 class Untrained:
     """What `collect` needs of a Defender besides its answers."""
+
+    runtime = Runtime(0, 1, torch.device("cpu"), torch.float32)
 
     def __init__(self, config):
         self.config, self.version = config, 0

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -127,9 +127,9 @@ def save_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def save_defender(model: Qwen2_5_VLForConditionalGeneration, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """A Qwen2.5-VL folder; the model itself is left as it is."""
-    copy = Qwen2_5_VLForConditionalGeneration(model.config)
+def save_defender(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """A folder of a Qwen2.5-VL or Qwen3-VL; the model itself is left as it is."""
+    copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
     copy.to(dtype).save_pretrained(folder)

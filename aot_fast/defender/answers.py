@@ -9,11 +9,12 @@ import torch
 import aot_fast.kernels as K
 from aot_fast.data.answers import score
 from aot_fast.data.schema import Answer, Example
+from aot_fast.defender.drawing import Response, Sampling
 from aot_fast.defender.head import rollout_logits
 from aot_fast.defender.model import Defender
-from aot_fast.defender.packing import Row, collate, response_logits
+from aot_fast.defender.packing import Row, batch_of, response_logits
 from aot_fast.defender.prompt import encode
-from aot_fast.defender.rollout import Response, Sampling, sample
+from aot_fast.defender.rollout import sample
 
 Answerer = Callable[[Sequence[Example], int, float, Sequence[int]], list[list[Answer]]]
 Likelihood = Callable[[Sequence[Example], Sequence[Example]], list[float]]
@@ -27,7 +28,7 @@ def answerer(defender: Defender) -> Answerer:
 
     def answer(examples: Sequence[Example], trials: int, temperature: float, seeds: Sequence[int]) -> list[list[Answer]]:
         sampling = Sampling(trials, temperature, defender.config.top_p, defender.config.max_response_tokens)
-        groups = sample(defender, examples, seeds, sampling)
+        groups = sample(defender, (encode(defender, example) for example in examples), seeds, sampling)
         return [[score(example.question, r.text) for r in responses] for example, responses in zip(examples, groups)]
 
     return answer
@@ -43,7 +44,8 @@ def likelihood(defender: Defender) -> Likelihood:
     def probability(originals: Sequence[Example], edited: Sequence[Example]) -> list[float]:
         asked = {example.key: example for example in originals}
         greedy = Sampling(1, 0.0, 1.0, defender.config.max_response_tokens)
-        answers = dict(zip(asked, (group[0] for group in sample(defender, list(asked.values()), [0] * len(asked), greedy))))
+        prompts = (encode(defender, example) for example in asked.values())
+        answers = dict(zip(asked, (group[0] for group in sample(defender, prompts, [0] * len(asked), greedy))))
         pairs = [(example, answers[original.key]) for original, example in zip(originals, edited, strict=True)]
         size = defender.config.rollout_batch
         return [p for i in range(0, len(pairs), size) for p in _probabilities(defender, pairs[i : i + size])]
@@ -52,9 +54,12 @@ def likelihood(defender: Defender) -> Likelihood:
 
 
 def _probabilities(defender: Defender, pairs: Sequence[tuple[Example, Response]]) -> list[float]:
-    rows = [Row(encode(defender, example), answer.ids, answer.logp, 0.0, i) for i, (example, answer) in enumerate(pairs)]
-    batch = collate(rows, defender.tokenizer.pad_token_id, defender.core.config.image_token_id, defender.runtime.device)
+    rows = [
+        Row(encode(defender, example), answer.ids, answer.logp, torch.zeros_like(answer.logp), i)
+        for i, (example, answer) in enumerate(pairs)
+    ]
+    batch = batch_of(defender, rows)
     with rollout_logits(defender):
-        logits = response_logits(defender.core, batch)
-    logp = K.logprob(logits.flatten(0, 1), batch.targets.flatten()).logp.view(batch.targets.shape)
-    return torch.where(batch.mask, logp, 0.0).sum(-1).exp().tolist()
+        logp = K.logprob(response_logits(defender.core, batch), batch.targets).logp
+    total = logp.new_zeros(len(rows)).index_add(0, batch.rows, torch.where(batch.mask, logp, 0.0))
+    return total.exp().tolist()

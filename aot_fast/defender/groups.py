@@ -6,16 +6,19 @@ Groups are small (tokens, log-probs, rewards) and known to every rank; pictures 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from aot_fast.data.schema import Example
+from aot_fast.defender.counters import rollout_counters
+from aot_fast.defender.drawing import Response, Sampling
 from aot_fast.defender.model import Defender
+from aot_fast.defender.prompts import Prompts
 from aot_fast.defender.reward import find_reward, guarded, overlong_penalty
-from aot_fast.defender.rollout import Response, Sampling, sample
+from aot_fast.defender.rollout import sample
 from aot_fast.engine import seed_of
 
 
@@ -32,6 +35,10 @@ class Group:
     correct: tuple[bool, ...]
     version: int
     """Policy version that sampled them."""
+    prompt_tokens: int = 0
+    """0 in a bank saved before this was recorded."""
+    images: tuple[tuple[int, int, int], ...] = ()
+    """(frames, rows, columns) of patches of each of the prompt's images."""
 
     @property
     def mixed(self) -> bool:
@@ -60,6 +67,10 @@ class Stream:
         self.consumed += count
         return drawn
 
+    def coming(self, count: int, num_examples: int) -> list[tuple[int, int]]:
+        """What the next `draw` will give, without drawing it."""
+        return Stream(self.seed, self.consumed).draw(count, num_examples)
+
     def state(self) -> dict[str, Any]:
         """Plain containers and tensors, for `torch.load(weights_only=True)`."""
         bank = [{**vars(group), "responses": [vars(r) for r in group.responses]} for group in self.bank]
@@ -80,7 +91,7 @@ class Collected:
     metrics: dict[str, float]
 
 
-def collect(defender: Defender, examples: Sequence[Example], stream: Stream, stopping: Callable[[], bool] = lambda: False) -> Collected:
+def collect(defender: Defender, prompts: Prompts, stream: Stream, stopping: Callable[[], bool] = lambda: False) -> Collected:
     """Groups for `steps_per_rollout` optimizer steps, the same on every rank.
 
     Draws until there are enough mixed groups or `max_generation_batches` is reached, then makes do with what there is.
@@ -91,38 +102,44 @@ def collect(defender: Defender, examples: Sequence[Example], stream: Stream, sto
     oldest = defender.version - config.max_staleness * config.steps_per_rollout
     fresh = [group for group in stream.bank if group.version >= oldest]
     counts = {"stale": len(stream.bank) - len(fresh), "banked_used": min(wanted, len(fresh))}
-    kept, seen, batches = fresh, [], 0
+    kept, seen, batches, start = fresh, [], 0, time.perf_counter()
     with defender.whole():
         while len(kept) < wanted and batches < config.max_generation_batches and not stopping():
-            drawn = stream.draw(config.prompts_per_try or wanted - len(kept), len(examples))
-            groups = _roll(defender, examples, stream.seed, drawn)
+            drawn = stream.draw(config.prompts_per_try or wanted - len(kept), len(prompts))
+            groups = _roll(defender, prompts, stream.seed, drawn)
             seen += groups
             kept = kept + [group for group in groups if group.mixed]
             batches += 1
     stream.bank = kept[wanted:]
+    coming = stream.coming(config.prompts_per_try or wanted, len(prompts))  # while the update runs
+    prompts.prefetch(coming[i][1] for i in defender.runtime.mine(len(coming)))
     counts |= {"drawn": len(seen), "dropped": sum(not g.mixed for g in seen), "batches": batches, "bank": len(stream.bank)}
     counts["short"] = wanted - len(kept[:wanted])
-    return Collected(kept[:wanted], {f"groups/{name}": float(n) for name, n in counts.items()} | _rollout_metrics(seen))
+    metrics = {f"groups/{name}": float(n) for name, n in counts.items()} | _rollout_metrics(seen)
+    if seen:
+        metrics |= rollout_counters(defender, seen, time.perf_counter() - start)
+    return Collected(kept[:wanted], metrics)
 
 
-def _roll(defender: Defender, examples: Sequence[Example], seed: int, drawn: list[tuple[int, int]]) -> list[Group]:
+def _roll(defender: Defender, prompts: Prompts, seed: int, drawn: list[tuple[int, int]]) -> list[Group]:
     """Answer the drawn prompts, each on the rank whose turn it is; every rank gets all groups in the order of drawing."""
     config, runtime = defender.config, defender.runtime
     sampling = Sampling(config.group_size, config.temperature, config.top_p, config.max_response_tokens)
     mine = [drawn[i] for i in runtime.mine(len(drawn))]
-    pictures = [examples[index] for _, index in mine]
+    prompts.prefetch(index for _, index in mine)
     seeds = [seed_of(seed, "draw", number) for number, _ in mine]
-    answers = sample(defender, pictures, seeds, sampling)
-    groups = [(number, _group(defender, index, example, responses)) for (number, index), example, responses in zip(mine, pictures, answers)]
+    answers = sample(defender, (prompts[index] for _, index in mine), seeds, sampling)
+    groups = [(number, _group(defender, prompts, index, responses)) for (number, index), responses in zip(mine, answers)]
     everyone = sorted((pair for part in runtime.gather(groups) for pair in part), key=lambda pair: pair[0])
     return [group for _, group in everyone]
 
 
-def _group(defender: Defender, index: int, example: Example, responses: list[Response]) -> Group:
-    reward = find_reward(defender.config.reward)
-    scored = [guarded(reward, response.text, example.question) for response in responses]
+def _group(defender: Defender, prompts: Prompts, index: int, responses: list[Response]) -> Group:
+    reward, seen = find_reward(defender.config.reward), prompts.seen(index)
+    scored = [guarded(reward, response.text, seen.question) for response in responses]
     rewards = [value + overlong_penalty(len(r.ids), defender.config) for (value, _), r in zip(scored, responses)]
-    return Group(index, example.key, tuple(responses), tuple(rewards), tuple(right for _, right in scored), defender.version)
+    correct = tuple(right for _, right in scored)
+    return Group(index, seen.key, tuple(responses), tuple(rewards), correct, defender.version, seen.tokens, seen.images)
 
 
 def _rollout_metrics(groups: list[Group]) -> dict[str, float]:

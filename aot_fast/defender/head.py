@@ -1,15 +1,15 @@
 """The Defender's head: from hidden states to log-probs, or straight to the policy loss.
 
-Plain (kernels.backend: reference): the head gives logits [B, R, V], then logprob and policy_loss. Fused, in every other case: the head's
+Plain (kernels.backend: reference): the head gives logits [N, V], then logprob and policy_loss. Fused, in every other case: the head's
 own forward is linear_policy_loss or linear_logprob, which hold the logits of a chunk of rows at a time. It has to be the head's forward:
 only there does ZeRO-3 hold the weight whole, and from there it takes the weight's gradient.
-Shapes: B rows, R longest response, H hidden, V vocabulary.
+Shapes: N response tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ def batch_loss(defender: Defender, batch: Batch, **options: Any) -> K.PolicyLoss
 
     options: what policy_loss and linear_policy_loss both take.
     """
-    config, targets, advantages = defender.config, batch.targets.flatten(), batch.advantages.flatten()
+    config, targets, advantages = defender.config, batch.targets, batch.advantages
     if _plain():
-        out = K.logprob(response_logits(defender.player, batch).flatten(0, 1), targets, temperature=config.temperature)
+        out = K.logprob(response_logits(defender.player, batch), targets, temperature=config.temperature)
         return K.policy_loss(out.logp, advantages, valid=out.valid, entropy=out.entropy, **options)
     metrics = {}
 
@@ -43,20 +43,18 @@ def batch_loss(defender: Defender, batch: Batch, **options: Any) -> K.PolicyLoss
 
 
 def reference_logp(defender: Defender, reference: Defender | None, batch: Batch) -> Tensor | None:
-    """[B * R] log-probs of the Defender before training, when the KL is on; else None."""
-    config, targets = defender.config, batch.targets.flatten()
-    if not config.beta:
+    """[N] log-probs of the Defender before training, when the KL is on; else None."""
+    if not defender.config.beta:
         return None
-    lora = bool(config.lora.rank)
-    owner, model = (defender, defender.player) if lora else (reference, reference.model)
-    with torch.no_grad(), adapter_off(defender.model) if lora else nullcontext():
-        if _plain():
-            return K.logprob(response_logits(model, batch).flatten(0, 1), targets, temperature=config.temperature).logp
+    if not defender.config.lora.rank:
+        return _logp(reference, reference.model, batch)
+    with adapter_off(defender.model):
+        return _logp(defender, defender.player, batch)
 
-        def logp(hidden: Tensor, weight: Tensor) -> Tensor:
-            return K.linear_logprob(hidden, weight, targets, temperature=config.temperature, chunk_rows=config.head_chunk_rows).logp
 
-        return _through_head(owner, model, batch, logp)
+def trainer_logp(defender: Defender, batch: Batch) -> Tensor:
+    """[N] log-probs of the policy as it is, as training forms them. A collective."""
+    return _logp(defender, defender.player, batch)
 
 
 @contextmanager
@@ -82,8 +80,20 @@ def _plain() -> bool:
     return K.backend_in_force() == "reference"
 
 
+@torch.no_grad()
+def _logp(owner: Defender, model: Callable, batch: Batch) -> Tensor:
+    config = owner.config
+    if _plain():
+        return K.logprob(response_logits(model, batch), batch.targets, temperature=config.temperature).logp
+
+    def logp(hidden: Tensor, weight: Tensor) -> Tensor:
+        return K.linear_logprob(hidden, weight, batch.targets, temperature=config.temperature, chunk_rows=config.head_chunk_rows).logp
+
+    return _through_head(owner, model, batch, logp)
+
+
 def _through_head(defender: Defender, model: Callable, batch: Batch, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`compute(hidden [B * R, H], weight [V, H])` in place of the logits, as the model returns it: what ZeRO-3 does before the head's
+    """`compute(hidden [N, H], weight [V, H])` in place of the logits, as the model returns it: what ZeRO-3 does before the head's
     backward pass hangs on that tensor."""
     head = defender.core.lm_head
     if type(head) is not nn.Linear:
@@ -91,8 +101,8 @@ def _through_head(defender: Defender, model: Callable, batch: Batch, compute: Ca
             f"defender.lora.targets: lm_head is a {type(head).__module__}.{type(head).__name__}, expected torch's Linear; leave it out, "
             "or set kernels.backend reference"
         )
-    head.forward = lambda hidden: compute(hidden[:, :-1].flatten(0, 1), head.weight)
+    head.forward = lambda hidden: compute(hidden.flatten(0, 1), head.weight)
     try:
-        return model(**batch.inputs, logits_to_keep=batch.targets.shape[1] + 1, use_cache=False).logits
+        return model(**batch.inputs, use_cache=False).logits
     finally:
         del head.forward

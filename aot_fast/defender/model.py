@@ -1,23 +1,33 @@
-"""Loading and saving the Defender: Qwen2.5-VL in the Hugging Face layout, trained under ZeRO-3 or frozen and whole."""
+"""Loading and saving the Defender: Qwen2.5-VL or Qwen3-VL in the Hugging Face layout, trained under ZeRO-3 or frozen and whole."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from aot_fast.config import DefenderConfig, EngineConfig, LoraConfig
+from aot_fast.defender import attention
 from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state, zero_config
 from aot_fast.models import model_folder
 
+MODELS = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -27,7 +37,7 @@ class Defender:
     """A vision-language model with what turns questions into its inputs."""
 
     model: nn.Module
-    """Qwen2_5_VLForConditionalGeneration, perhaps inside peft's wrapper."""
+    """One of MODELS, perhaps inside peft's wrapper."""
     tokenizer: PreTrainedTokenizerBase
     image_processor: Qwen2VLImageProcessorPil
     config: DefenderConfig
@@ -36,7 +46,7 @@ class Defender:
     """None for a frozen copy, whose weights are whole on every rank."""
 
     @property
-    def core(self) -> Qwen2_5_VLForConditionalGeneration:
+    def core(self) -> PreTrainedModel:
         """The model without peft's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
@@ -83,7 +93,7 @@ def load_defender(config: DefenderConfig, engine: EngineConfig, runtime: Runtime
         for name, parameter in model.named_parameters():
             if "visual." in name:
                 parameter.requires_grad_(False)
-    player = build_player("defender", model, config.optimizer, engine, runtime)
+    player = build_player("defender", model, config.optimizer, engine, runtime, _rates(model, config))
     return Defender(player.module, *_processors(folder, config), config, runtime, player)
 
 
@@ -93,7 +103,17 @@ def load_frozen(folder: Path, config: DefenderConfig, runtime: Runtime) -> Defen
     return Defender(model, *_processors(folder, config), config, runtime)
 
 
-def _from_folder(folder: Path, config: DefenderConfig, runtime: Runtime) -> Qwen2_5_VLForConditionalGeneration:
+def _rates(model: nn.Module, config: DefenderConfig) -> list[dict] | None:
+    """AdamW's groups: the vision tower at its own learning rate; None where there is one rate for all."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    vision = [p for name, p in named if "visual." in name]
+    if not config.vision_lr or not vision:
+        return None
+    rest = [p for name, p in named if "visual." not in name]
+    return [{"params": rest, "lr": config.optimizer.lr}, {"params": vision, "lr": config.vision_lr}]
+
+
+def _from_folder(folder: Path, config: DefenderConfig, runtime: Runtime) -> PreTrainedModel:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         from peft import PeftConfig, PeftModel
@@ -101,9 +121,26 @@ def _from_folder(folder: Path, config: DefenderConfig, runtime: Runtime) -> Qwen
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         inner = _from_folder(model_folder(base, config.revision, "defender.model"), config, runtime)
         return PeftModel.from_pretrained(inner, str(folder))  # not merged: in bf16 small updates would round away
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=runtime.dtype, attn_implementation=config.attention, local_files_only=True
-    )
+    if config.attention == "flex_attention" and runtime.device.type != "cuda":
+        raise ValueError("defender.attention: flex_attention has no backward pass on a CPU; use sdpa")
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    if kind not in MODELS:
+        raise ValueError(f"defender.model: {folder} is a {kind}, expected one of {sorted(MODELS)}")
+    plain = "sdpa" if config.attention == "flex_attention" else config.attention  # for the vision tower, and where nothing is packed
+    model = MODELS[kind].from_pretrained(folder, dtype=runtime.dtype, attn_implementation=plain, local_files_only=True)
+    attention.install(model, plain)
+    if config.liger and runtime.device.type == "cuda" and find_spec("liger_kernel"):
+        _take_ligers(model, kind)
+    return model
+
+
+def _take_ligers(model: PreTrainedModel, kind: str) -> None:
+    """Liger's RMSNorm and SwiGLU in the modules of `model`. Not its loss, for the head is ours, nor its RoPE: as of 0.8.5 it replaces a
+    function that transformers 5 never calls."""
+    import liger_kernel.transformers as liger
+
+    apply = {"qwen2_5_vl": liger.apply_liger_kernel_to_qwen2_5_vl, "qwen3_vl": liger.apply_liger_kernel_to_qwen3_vl}[kind]
+    apply(rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True, model=model)
 
 
 def _processors(folder: Path, config: DefenderConfig) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:

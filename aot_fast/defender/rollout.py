@@ -1,140 +1,189 @@
-"""Sampling answers: the prompt is prefilled once for its group, then one token at a time with a key-value cache.
+"""Sampling answers: a prompt is prefilled once for its group and read once a step by all of its samples; a finished sample's slot goes to
+the next one in the queue.
 
-Shapes: B prompts, G samples of each, N = B * G rows, V vocabulary.
+`defender.shared_prefix: false` takes the plain path, rollout_padded.py. Shapes: n rows being decoded, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from aot_fast.data.schema import Example
+from aot_fast.defender import rollout_padded
+from aot_fast.defender.attention import PackedRow
+from aot_fast.defender.decoding import KeyValues, Prefill, Step
+from aot_fast.defender.drawing import Response, Sampling, draw, response_of, uniforms
 from aot_fast.defender.head import rollout_logits
 from aot_fast.defender.model import Defender
-from aot_fast.defender.packing import left_pad
-from aot_fast.defender.prompt import Prompt, encode
+from aot_fast.defender.packing import prompt_inputs
+from aot_fast.defender.prompt import Prompt
 from aot_fast.engine import seed_of
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn."""
-
-    num_samples: int
-    temperature: float
-    """0: greedy."""
-    top_p: float
-    max_tokens: int
+STEPS_BETWEEN_LOOKS = 16
+"""Steps on a GPU between the host's looks at who has finished: a look is a synchronisation, a finished row costs little till then."""
 
 
-@dataclass(frozen=True)
-class Response:
-    """One sampled answer, on the host."""
+def sample(defender: Defender, prompts: Iterable[Prompt], seeds: Sequence[int], sampling: Sampling) -> list[list[Response]]:
+    """`sampling.num_samples` responses to each prompt; sample j of prompt i draws from seed_of(seeds[i], j) whatever the batch.
 
-    ids: Tensor  # [R] int64, the stop token included
-    logp: Tensor  # [R] float32, of the untruncated distribution at the sampling temperature
-    text: str
-    truncated: bool
-    """No stop token came within the limit."""
-
-
-def sample(defender: Defender, examples: Sequence[Example], seeds: Sequence[int], sampling: Sampling) -> list[list[Response]]:
-    """`sampling.num_samples` responses to each example; sample j of example i draws from seed_of(seeds[i], j) whatever the batch.
-
-    Must run inside `defender.whole()`. No collectives.
+    `prompts` is read as slots become free. Must run inside `defender.whole()`. No collectives.
     """
-    per_batch = max(1, defender.config.rollout_batch // sampling.num_samples)
-    groups = []
-    with rollout_logits(defender):
-        for i in range(0, len(examples), per_batch):
-            prompts = [encode(defender, example) for example in examples[i : i + per_batch]]
-            groups += _sample_batch(defender, prompts, seeds[i : i + per_batch], sampling)
-    return groups
+    with torch.no_grad(), rollout_logits(defender):
+        if not defender.config.shared_prefix:
+            return rollout_padded.sample(defender, prompts, seeds, sampling)
+        return _Rollout(defender, prompts, seeds, sampling).run()
 
 
-def _sample_batch(defender: Defender, prompts: list[Prompt], seeds: Sequence[int], sampling: Sampling) -> list[list[Response]]:
-    num_rows = len(prompts) * sampling.num_samples
-    device = defender.runtime.device
-    logits, cache, mask = _prefill(defender, prompts, sampling.num_samples)
-    position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(sampling.num_samples)
-    uniforms = _uniforms([seed_of(seed, j) for seed in seeds for j in range(sampling.num_samples)], sampling.max_tokens).to(device)
-    stop = torch.tensor(defender.stop_ids, device=device)
-    done = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    tokens, logps = [], []
-    for t in range(sampling.max_tokens):
-        token, logp = draw(logits, uniforms[:, t], sampling, defender.banned_ids)
-        tokens.append(torch.where(done, stop[0], token))
-        logps.append(logp)
-        done = done | torch.isin(token, stop)
-        if t + 1 == sampling.max_tokens or bool(done.all()):
-            break
-        mask = torch.cat([mask, mask.new_ones(num_rows, 1)], 1)
-        step = {"input_ids": tokens[-1][:, None], "attention_mask": mask, "position_ids": (position + t).expand(3, -1)[..., None]}
-        logits = defender.core(**step, past_key_values=cache, use_cache=True).logits[:, -1]
-    responses = _responses(defender, torch.stack(tokens, 1).cpu(), torch.stack(logps, 1).cpu())
-    return [responses[i : i + sampling.num_samples] for i in range(0, num_rows, sampling.num_samples)]
+@dataclass(eq=False)
+class _Sample:
+    """One response being drawn."""
+
+    prompt: int
+    """Number of its prompt."""
+    place: int
+    """Where its prompt's keys and values are."""
+    number: int
+    """Among the samples of its prompt."""
+    position: int
+    """M-RoPE position of its first token."""
+    token: Tensor  # 0-d: the first one, drawn after the prefill
+    logp: Tensor  # 0-d
+    slot: int = -1
 
 
-def _prefill(defender: Defender, prompts: list[Prompt], num_samples: int) -> tuple[Tensor, DynamicCache, Tensor]:
-    """Next-token logits [N, V], the cache of all rows, and their attention mask [N, P]: one forward a prompt, not a sample."""
-    device = defender.runtime.device
-    ids, mask, positions = (x.to(device) for x in left_pad(prompts, defender.tokenizer.pad_token_id))
-    cache = DynamicCache(config=defender.core.config.get_text_config())
-    out = defender.core(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        mm_token_type_ids=(ids == defender.core.config.image_token_id).int(),
-        pixel_values=torch.cat([p.pixels for p in prompts]).to(device),
-        image_grid_thw=torch.cat([p.grid for p in prompts]).to(device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.batch_repeat_interleave(num_samples)
-    return out.logits[:, -1].repeat_interleave(num_samples, 0), cache, mask.repeat_interleave(num_samples, 0)
+class _Rollout:
+    """Slots, the samples in them, and those that wait; everything of a slot is a tensor on the device."""
 
+    def __init__(self, defender: Defender, prompts: Iterable[Prompt], seeds: Sequence[int], sampling: Sampling):
+        self.defender, self.sampling, self.seeds = defender, sampling, seeds
+        self.device = defender.runtime.device
+        self.coming = enumerate(prompts)
+        self.waiting: deque[_Sample] = deque()
+        self.active: list[_Sample] = []
+        self.groups: list[list[Response | None]] = []
+        size, group = defender.config.rollout_batch, sampling.num_samples
+        size = min(size, group * len(seeds))
+        # Twice the prompts that fill the slots: some are kept by a last straggler.
+        places = 2 * -(-size // group)
+        self.free_slots, self.free_places = list(range(size))[::-1], list(range(places))[::-1]
+        self.unfinished = [0] * places  # samples of the prompt there
+        self.cache = KeyValues(size, places, sampling.max_tokens, self.device)
+        shape = (size, sampling.max_tokens)
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.logps = torch.zeros(shape, device=self.device)
+        self.uniforms = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        self.steps, self.positions = (torch.zeros(size, dtype=torch.long, device=self.device) for _ in range(2))
+        self.done = torch.zeros(size, dtype=torch.bool, device=self.device)
+        self.stop = torch.tensor(defender.stop_ids, device=self.device)
 
-def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """[N, count] fp64 uniforms, a row's own whatever the batch; drawn on the host so that every device samples alike."""
-    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    return torch.stack(rows)
+    def run(self) -> list[list[Response]]:
+        looks = 1 if self.device.type == "cpu" else STEPS_BETWEEN_LOOKS
+        while self.refill():
+            rows, longest = self.rows()
+            for step in range(looks):
+                self.step(*rows, min(longest + step, self.sampling.max_tokens))
+            self.retire()
+        return self.groups
 
+    # Prompts and slots
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Token [N] and its log-prob [N] fp32 by inverting the cumulative distribution at `uniform` [N].
+    def refill(self) -> bool:
+        """Give free slots to waiting samples, prefilling prompts as long as they last; whether anything is left to decode."""
+        more = True
+        while more and len(self.waiting) < len(self.free_slots):
+            more = self.prefill()
+        while self.waiting and self.free_slots:
+            self.start(self.waiting.popleft())
+        return bool(self.active)
 
-    The log-prob is that of the model's own distribution at the temperature, before banning and top-p: what the trainer recomputes.
-    """
-    scaled = logits.float() / (sampling.temperature or 1.0)
-    logp = torch.log_softmax(scaled, -1)
-    allowed = logp.clone()
-    allowed[:, list(banned)] = -torch.inf
-    if sampling.temperature == 0:
-        token = allowed.argmax(-1)
-    else:
-        # fp64: over 152,064 tokens a cumulative sum in fp32 loses the tail.
-        p = torch.softmax(allowed.double(), -1)
-        if sampling.top_p < 1:
-            sorted_p, order = p.sort(-1, descending=True)
-            kept = sorted_p.cumsum(-1) - sorted_p < sampling.top_p
-            p = torch.zeros_like(p).scatter(-1, order, sorted_p * kept)
-        cumulative = p.cumsum(-1)
-        token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-        token = token.clamp_max(logits.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None])[:, 0]
+    def prefill(self) -> bool:
+        """Prefill as many prompts as the free slots want and the token budget allows; False when there are none, or no place for them."""
+        group, budget = self.sampling.num_samples, self.defender.config.tokens_per_microbatch
+        wanted = min(-(-(len(self.free_slots) - len(self.waiting)) // group), len(self.free_places))
+        taken: list[tuple[int, Prompt]] = []
+        while len(taken) < wanted and sum(len(p.ids) for _, p in taken) < budget:
+            number, prompt = next(self.coming, (-1, None))
+            if prompt is None:
+                break
+            taken.append((number, prompt))
+        if not taken:
+            return False
+        places = [self.free_places.pop() for _ in taken]
+        row = PackedRow(tuple((len(p.ids), ()) for _, p in taken), self.device, self.defender.config.attention)
+        inputs = prompt_inputs(self.defender, [p for _, p in taken])
+        last = torch.tensor([begin - 1 for _, begin, _ in row.starts], device=self.device)
+        layout = Prefill(self.cache, row, places)
+        logits = self.defender.core(**inputs, attention_mask=None, layout=layout, logits_to_keep=last, use_cache=False).logits[0]
+        for (number, prompt), place, row_logits in zip(taken, places, logits):
+            self.begin(number, prompt, place, row_logits)
+        return True
 
+    def begin(self, number: int, prompt: Prompt, place: int, logits: Tensor) -> None:
+        """Draw the first token of a prompt's samples from its `logits` [V]; those that end with it never need a slot."""
+        count = self.sampling.num_samples
+        self.groups.append([None] * count)
+        drawn = self.draws(number)[:, 0].to(self.device)
+        tokens, logps = draw(logits.expand(count, -1), drawn, self.sampling, self.defender.banned_ids)
+        over = torch.isin(tokens, self.stop) | (self.sampling.max_tokens == 1)
+        for j, ended in enumerate(over.tolist()):
+            if ended:
+                self.groups[number][j] = response_of(self.defender, tokens[j : j + 1].cpu(), logps[j : j + 1].cpu())
+            else:
+                self.waiting.append(_Sample(number, place, j, prompt.next_position, tokens[j], logps[j]))
+                self.unfinished[place] += 1
+        if not self.unfinished[place]:
+            self.free_places.append(place)
 
-def _responses(defender: Defender, tokens: Tensor, logps: Tensor) -> list[Response]:
-    stop = torch.tensor(defender.stop_ids)
-    responses = []
-    for row, logp in zip(tokens, logps):
-        ends = torch.isin(row, stop).nonzero()
-        length = int(ends[0]) + 1 if len(ends) else len(row)
-        text = defender.tokenizer.decode(row[:length], skip_special_tokens=True).strip()
-        responses.append(Response(row[:length].clone(), logp[:length].clone(), text, not len(ends)))
-    return responses
+    def draws(self, number: int) -> Tensor:
+        """[samples, tokens] uniforms of a prompt."""
+        return uniforms([seed_of(self.seeds[number], j) for j in range(self.sampling.num_samples)], self.sampling.max_tokens)
+
+    def start(self, sample: _Sample) -> None:
+        """Put a sample with its first token into a free slot."""
+        slot = sample.slot = self.free_slots.pop()
+        self.tokens[slot, 0], self.logps[slot, 0] = sample.token, sample.logp
+        self.uniforms[slot] = uniforms([seed_of(self.seeds[sample.prompt], sample.number)], self.sampling.max_tokens)[0].to(self.device)
+        self.steps[slot], self.positions[slot], self.done[slot] = 0, sample.position, False
+        self.active.append(sample)
+        self.active.sort(key=lambda s: (s.place, s.prompt, s.number))
+
+    # Steps
+
+    def rows(self) -> tuple[tuple[Tensor, list[tuple[int, int]]], int]:
+        """Slots of the active samples, those of a prompt together, with the runs of prompts; tokens of the longest after the next step."""
+        slots = torch.tensor([s.slot for s in self.active], device=self.device)
+        runs = [(place, len(list(run))) for place, run in groupby(s.place for s in self.active)]
+        return (slots, runs), int(self.steps[slots].max()) + 1
+
+    def step(self, slots: Tensor, runs: list[tuple[int, int]], longest: int) -> None:
+        """One more token of every sample in `slots` that is not done."""
+        steps = self.steps[slots]
+        layout = Step(self.cache, slots, steps, runs, longest)
+        inputs = {"input_ids": self.tokens[slots, steps][:, None], "position_ids": (self.positions[slots] + steps).expand(3, -1)[..., None]}
+        logits = self.defender.core(**inputs, attention_mask=None, layout=layout, use_cache=False).logits[:, -1]
+        following = (steps + 1).clamp_max(self.sampling.max_tokens - 1)
+        token, logp = draw(logits, self.uniforms[slots, following], self.sampling, self.defender.banned_ids)
+        done = self.done[slots]
+        self.tokens[slots, following] = torch.where(done, self.tokens[slots, following], token)
+        self.logps[slots, following] = torch.where(done, self.logps[slots, following], logp)
+        self.steps[slots] = torch.where(done, steps, following)
+        self.done[slots] = done | torch.isin(token, self.stop) | (following == self.sampling.max_tokens - 1)
+
+    def retire(self) -> None:
+        """Take finished samples out of their slots."""
+        finished = self.done.tolist()
+        lengths = (self.steps + 1).tolist()
+        for sample in [s for s in self.active if finished[s.slot]]:
+            n = lengths[sample.slot]
+            ids, logp = self.tokens[sample.slot, :n].cpu(), self.logps[sample.slot, :n].cpu()
+            self.groups[sample.prompt][sample.number] = response_of(self.defender, ids, logp)
+            self.active.remove(sample)
+            self.free_slots.append(sample.slot)
+            self.unfinished[sample.place] -= 1
+            if not self.unfinished[sample.place]:
+                self.free_places.append(sample.place)

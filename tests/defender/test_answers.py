@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from aot_fast.defender.answers import likelihood
+from aot_fast.defender.drawing import Sampling
 from aot_fast.defender.model import load_frozen
-from aot_fast.defender.rollout import Sampling, sample
-from tests.models import defender_config_of, scene_examples
+from tests.models import answers_to, defender_config_of, scene_examples
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def pairs():
 
 def test_likelihood_is_the_product_over_the_answers_tokens(defender, pairs):
     originals, edited = pairs
-    greedy = sample(defender, originals, [0, 0, 0], Sampling(1, 0.0, 1.0, 2))
+    greedy = answers_to(defender, originals, [0, 0, 0], Sampling(1, 0.0, 1.0, 2))
     # On the originals themselves the rollout has recorded the same log-probs (there at temperature 1 too: greedy divides by 1).
     expected = [group[0].logp.sum().exp().item() for group in greedy]
     assert likelihood(defender)(originals, originals) == pytest.approx(expected, rel=1e-4)
@@ -36,8 +36,8 @@ def test_likelihood_is_the_rate_at_which_samples_repeat_the_answer(defender, pai
     told = likelihood(defender)(originals, edited)
     count = 2000
     for original, example, p in zip(originals, edited, told):
-        answer = sample(defender, [original], [0], Sampling(1, 0.0, 1.0, 2))[0][0].ids.tolist()
-        tried = sample(
+        answer = answers_to(defender, [original], [0], Sampling(1, 0.0, 1.0, 2))[0][0].ids.tolist()
+        tried = answers_to(
             replace(defender, config=replace(defender.config, rollout_batch=count)), [example], [7], Sampling(count, 1.0, 1.0, 2)
         )[0]
         rate = sum(response.ids.tolist() == answer for response in tried) / count

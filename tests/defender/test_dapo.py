@@ -1,5 +1,6 @@
 """The Defender's update against MATH.md in fp64, and its independence of batching and of the number of ranks."""
 
+import json
 import math
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from aot_fast.config import EngineConfig, LoraConfig
 from aot_fast.defender import dapo
 from aot_fast.defender.model import load_defender, load_frozen
-from aot_fast.defender.packing import collate, response_logits
+from aot_fast.defender.packing import Row, batch_of, response_logits
 from aot_fast.defender.prompt import encode
+from aot_fast.defender.prompts import Prompts
 from tests.defender.recorded import NUM_EXAMPLES, REWARDS, distance, gradient_of_update, recorded_groups, reference_gradient
 from tests.models import defender_config_of, scene_examples
 
@@ -46,9 +48,10 @@ def oracle(folder, runtime, groups, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     return total.item(), {name: p.grad.float() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("shared_prefix", [True, False])
 @pytest.mark.parametrize("version", [0, -1], ids=["on_policy", "off_policy"])
-def test_update_equals_the_equations_in_fp64(defender_folder, runtime, version):
-    metrics, gradients = gradient_of_update(defender_folder, 3, 0, runtime, version)
+def test_update_equals_the_equations_in_fp64(defender_folder, runtime, version, shared_prefix):
+    metrics, gradients = gradient_of_update(defender_folder, 0, runtime, version, microbatch=3, shared_prefix=shared_prefix)
     groups = recorded_groups(defender_folder, runtime, version)
     loss, expected = oracle(defender_folder, runtime, groups)
     assert metrics["loss"] == pytest.approx(loss, abs=TOLERANCE)
@@ -58,26 +61,55 @@ def test_update_equals_the_equations_in_fp64(defender_folder, runtime, version):
     assert distance(gradients, expected) < 1e-4
 
 
-@pytest.mark.parametrize(("microbatch", "order"), [(1, 0), (2, 1), (4, 2), (12, 0)])
-def test_gradient_does_not_depend_on_microbatch_or_order(defender_folder, runtime, microbatch, order):
+# Padded: one row at a time, ragged and whole batches. Shared: 1 token, so that every response is a batch with its prompt; 240, where groups
+# are cut in two (a prompt has some 100 tokens); all in one row.
+PLAIN = [{"shared_prefix": False, "microbatch": n} for n in (1, 2, 4, 12)]
+SHARED = [{"tokens_per_microbatch": n} for n in (1, 240, 10_000)]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("changes", PLAIN + SHARED)
+def test_gradient_does_not_depend_on_batches_or_order(defender_folder, runtime, changes, order):
     reference, expected = reference_gradient(defender_folder, runtime)
-    metrics, gradients = gradient_of_update(defender_folder, microbatch, order, runtime, version=-1)
+    metrics, gradients = gradient_of_update(defender_folder, order, runtime, version=-1, **changes)
     assert metrics["loss"] == pytest.approx(reference["loss"], abs=TOLERANCE)
     assert distance(gradients, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("microbatch", [2, 5])  # 5: the last of a rank's two micro-batches has one row
-def test_gradient_on_two_ranks_equals_one(defender_folder, runtime, torchrun, tmp_path, microbatch):
-    torchrun(2, "-m", "tests.defender.recorded", str(defender_folder), str(microbatch), "0", str(tmp_path / "two.pt"))
+@pytest.mark.parametrize("prompts", ["mixed", "text"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"shared_prefix": False, "microbatch": 1}, *SHARED, {"gradient_checkpointing": True}, {"attention": "eager"}],
+)
+def test_several_pictures_or_none_give_the_same_gradient(defender_folder, runtime, prompts, changes):
+    reference, expected = reference_gradient(defender_folder, runtime, prompts)
+    metrics, gradients = gradient_of_update(defender_folder, 0, runtime, version=-1, prompts=prompts, **changes)
+    assert metrics["loss"] == pytest.approx(reference["loss"], abs=TOLERANCE)
+    assert distance(gradients, expected) < TOLERANCE
+    assert prompts != "text" or not any(g.any() for name, g in gradients.items() if "visual." in name)
+
+
+# 5 rows: the last of a rank's two micro-batches has one row. 240 tokens: ranks have unequally many micro-batches.
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shared_prefix": False, "microbatch": 5},
+        {"tokens_per_microbatch": 240},
+        {"prompts": "mixed", "gradient_checkpointing": True},  # a rank may have text only
+    ],
+)
+def test_gradient_on_two_ranks_equals_one(defender_folder, runtime, torchrun, tmp_path, changes):
+    torchrun(2, "-m", "tests.defender.recorded", str(defender_folder), "0", str(tmp_path / "two.pt"), json.dumps(changes))
     metrics, gradients = torch.load(tmp_path / "two.pt", weights_only=True)
-    reference, expected = reference_gradient(defender_folder, runtime)
+    reference, expected = reference_gradient(defender_folder, runtime, changes.get("prompts", "scenes"))
     assert metrics["loss"] == pytest.approx(reference["loss"], abs=TOLERANCE)
     assert metrics["grad_norm"] == pytest.approx(reference["grad_norm"], rel=TOLERANCE)
     assert distance(gradients, expected) < TOLERANCE
 
 
-def test_trainer_logp_equals_rollout_logp(defender_folder, runtime):
-    metrics, _ = gradient_of_update(defender_folder, 4, 0, runtime, version=0)
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_trainer_logp_equals_rollout_logp(defender_folder, runtime, shared_prefix):
+    metrics, _ = gradient_of_update(defender_folder, 0, runtime, version=0, microbatch=4, shared_prefix=shared_prefix)
     assert metrics["logp_mismatch"] <= 1e-5
     assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6) and metrics["ratio_deviation"] == 0
 
@@ -87,20 +119,20 @@ def test_non_finite_reward_leaves_its_group_alive(defender_folder, runtime):
     bad = groups[0]
     groups[0] = type(bad)(**{**vars(bad), "rewards": (math.nan, 1.0, 0.0, 0.8)})
     defender = load_defender(defender_config_of(defender_folder), EngineConfig(timeout_s=60), runtime)
-    metrics = dapo.update(defender, scene_examples(NUM_EXAMPLES), groups)
+    metrics = dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), groups)
     assert metrics["applied"] == 1 and math.isfinite(metrics["grad_norm"]) and metrics["groups/degenerate"] == 0
 
 
 def test_equal_rewards_give_no_gradient(defender_folder, runtime):
     groups = [type(g)(**{**vars(g), "rewards": (0.8,) * 4}) for g in recorded_groups(defender_folder, runtime)]
     defender = load_defender(defender_config_of(defender_folder), EngineConfig(timeout_s=60), runtime)
-    metrics = dapo.update(defender, scene_examples(NUM_EXAMPLES), groups)
+    metrics = dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), groups)
     assert metrics["groups/degenerate"] == len(REWARDS) and metrics["grad_norm"] == 0
 
 
 def test_no_groups_skip_the_step(defender_folder, runtime):
     defender = load_defender(defender_config_of(defender_folder), EngineConfig(timeout_s=60), runtime)
-    assert dapo.update(defender, scene_examples(NUM_EXAMPLES), []) == {"skipped": 1.0}
+    assert dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), []) == {"skipped": 1.0}
     assert defender.version == 0
 
 
@@ -110,9 +142,9 @@ def test_swapping_the_picture_changes_the_logp(defender_folder, runtime):
     logits = []
     for picture in (examples[0].image, examples[1].image):
         example = type(examples[0])(examples[0].question, picture)
-        row = dapo.Row(encode(defender, example), groups[0].responses[1].ids, groups[0].responses[1].logp, 1.0, 0)
-        batch = collate([row], defender.tokenizer.pad_token_id, defender.core.config.image_token_id, runtime.device)
-        logits.append(response_logits(defender.model, batch))
+        response = groups[0].responses[1]
+        row = Row(encode(defender, example), response.ids, response.logp, torch.ones_like(response.logp), 0)
+        logits.append(response_logits(defender.model, batch_of(defender, [row])))
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
 
@@ -120,15 +152,16 @@ def test_kl_to_the_base_is_zero_before_training_and_grows_with_it(defender_folde
     config = defender_config_of(defender_folder, lora=LoraConfig(rank=4, alpha=8), beta=0.1)
     defender = load_defender(config, EngineConfig(timeout_s=60), runtime)
     examples, groups = scene_examples(NUM_EXAMPLES), recorded_groups(defender_folder, runtime)
-    assert dapo.update(defender, examples, groups)["kl_ref"] == 0
-    assert dapo.update(defender, examples, groups)["kl_ref"] > 0
+    assert dapo.update(defender, Prompts(defender, examples), groups)["kl_ref"] == 0
+    assert dapo.update(defender, Prompts(defender, examples), groups)["kl_ref"] > 0
 
 
 @pytest.mark.parametrize(
     "changes", [{"loss": "gspo"}, {"loss": "cispo"}, {"agg": "seq_mean"}, {"agg": "seq_sum_norm"}, {"entropy_coef": 0.01}]
 )
 def test_variants_do_not_depend_on_the_microbatch(defender_folder, runtime, changes):
-    reference, expected = gradient_of_update(defender_folder, 12, 0, runtime, version=-1, **changes)
-    metrics, gradients = gradient_of_update(defender_folder, 2, 1, runtime, version=-1, **changes)
+    plain = {"shared_prefix": False, "microbatch": 12}
+    reference, expected = gradient_of_update(defender_folder, 0, runtime, version=-1, **plain, **changes)
+    metrics, gradients = gradient_of_update(defender_folder, 1, runtime, version=-1, tokens_per_microbatch=240, **changes)
     assert metrics["loss"] == pytest.approx(reference["loss"], abs=TOLERANCE)
     assert distance(gradients, expected) < TOLERANCE

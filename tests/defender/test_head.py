@@ -8,14 +8,15 @@ import torch
 import aot_fast.kernels as K
 from aot_fast.config import EngineConfig, LoraConfig, OptimizerConfig
 from aot_fast.defender import dapo
+from aot_fast.defender.drawing import Sampling
 from aot_fast.defender.head import batch_loss
 from aot_fast.defender.model import load_defender, load_frozen
-from aot_fast.defender.packing import Row
+from aot_fast.defender.packing import Row, batch_of
 from aot_fast.defender.prompt import encode
-from aot_fast.defender.rollout import Sampling, sample
+from aot_fast.defender.prompts import Prompts
 from aot_fast.models import model_folder
 from tests.defender.recorded import NUM_EXAMPLES, recorded_groups
-from tests.models import defender_config_of, scene_examples
+from tests.models import answers_to, defender_config_of, scene_examples
 
 NUM_UPDATES = 20
 TOLERANCE = 1e-5
@@ -35,7 +36,7 @@ def train(backend, folder, runtime, **changes):
         for step in range(NUM_UPDATES):
             fresh = step % len(groups)
             mixed = [replace(group, version=defender.version if i == fresh else -1) for i, group in enumerate(groups)]
-            rows.append(dapo.update(defender, scene_examples(NUM_EXAMPLES), mixed))
+            rows.append(dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), mixed))
     named = defender.player.module.named_parameters()
     return rows, {name: safe_get_full_fp32_param(p).clone() for name, p in named if p.requires_grad}
 
@@ -91,9 +92,13 @@ def test_in_bf16_the_rollouts_logp_is_the_trainers(backend, runtime):
     defender = load_frozen(folder, defender_config_of(folder), replace(runtime, dtype=torch.bfloat16))
     examples = scene_examples(NUM_EXAMPLES)
     with K.backend(backend):
-        groups = sample(defender, examples, range(NUM_EXAMPLES), Sampling(4, 1.0, 1.0, 6))
-        rows = [Row(encode(defender, e), r.ids, r.logp, 1.0, i) for i, (e, group) in enumerate(zip(examples, groups)) for r in group]
-        batch = dapo.as_batch(defender, rows)
+        groups = answers_to(defender, examples, range(NUM_EXAMPLES), Sampling(4, 1.0, 1.0, 6))
+        rows = [
+            Row(encode(defender, e), r.ids, r.logp, torch.ones_like(r.logp), i)
+            for i, (e, group) in enumerate(zip(examples, groups))
+            for r in group
+        ]
+        batch = batch_of(defender, rows)
         defender.player = defender.model  # forward only
-        out = batch_loss(defender, batch, old_logp=batch.logp.flatten(), on_policy=batch.mask.flatten(), mask=batch.mask.flatten())
+        out = batch_loss(defender, batch, old_logp=batch.logp, on_policy=batch.mask, mask=batch.mask)
     assert out.metrics["max/logp_mismatch"] <= 1e-4

@@ -9,6 +9,7 @@ from aot_fast.bootstrap.model import defender_config
 from aot_fast.config import EngineConfig, LoraConfig
 from aot_fast.defender import dapo
 from aot_fast.defender.model import export_defender, load_defender, load_frozen
+from aot_fast.defender.prompts import Prompts
 from aot_fast.engine import adapter_off
 from tests.defender.recorded import NUM_EXAMPLES, recorded_groups
 from tests.models import defender_config_of, scene_examples
@@ -24,7 +25,7 @@ def logits_of(model):
 
 def trained(folder, runtime, **changes):
     defender = load_defender(defender_config_of(folder, **changes), ENGINE, runtime)
-    dapo.update(defender, scene_examples(NUM_EXAMPLES), recorded_groups(folder, runtime))
+    dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), recorded_groups(folder, runtime))
     return defender
 
 
@@ -66,7 +67,7 @@ def test_folder_of_other_sizes_saved_by_transformers_loads_and_trains(runtime, t
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path)
     save_processor(tmp_path)
     defender = load_defender(defender_config_of(tmp_path), ENGINE, runtime)
-    metrics = dapo.update(defender, scene_examples(NUM_EXAMPLES), recorded_groups(tmp_path, runtime))
+    metrics = dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), recorded_groups(tmp_path, runtime))
     assert metrics["applied"] == 1 and metrics["grad_norm"] > 0
 
 

@@ -1,0 +1,104 @@
+"""Keys and values of a rollout: a prompt's once for all of its samples, and a static buffer for what each sample has written itself.
+
+A decoding step reads a prompt once for all rows that belong to it. Rows attend to their prompt and to themselves in two parts that are
+joined by their log-sum-exps, as in training (attention.py).
+Shapes: S slots, n <= S rows that are decoded, Q prompts kept, P room for a prompt, R room for a response, A query heads, K key-value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aot_fast.defender import attention_kernels as kernels
+from aot_fast.defender.attention import PackedRow
+
+ROOM = 64
+"""Prompts get room in multiples of this many tokens: buffers seldom have to grow."""
+
+
+class KeyValues:
+    """The buffers of all layers. A layer's come into being when it first writes, for only it knows its heads."""
+
+    def __init__(self, num_slots: int, num_prompts: int, max_tokens: int, device: torch.device):
+        self.num_slots, self.num_prompts, self.max_tokens, self.device = num_slots, num_prompts, max_tokens, device
+        self.prompts: dict[int, Tensor] = {}
+        """Of each layer [2, Q, K, P, D]: keys and values."""
+        self.own: dict[int, Tensor] = {}
+        """Of each layer [2, S, K, R, D]."""
+        self.lengths = [0] * num_prompts
+
+    def put_prompt(self, layer: int, place: int, k: Tensor, v: Tensor) -> None:
+        """Keep a prompt's k and v [K, tokens, D] at `place`."""
+        heads, tokens, dim = k.shape
+        buffer = self.prompts.get(layer)
+        if buffer is None or buffer.shape[3] < tokens:
+            grown = k.new_empty(2, self.num_prompts, heads, -(-tokens // ROOM) * ROOM, dim)
+            if buffer is not None:
+                grown[:, :, :, : buffer.shape[3]] = buffer
+            self.prompts[layer] = buffer = grown
+        buffer[0, place, :, :tokens], buffer[1, place, :, :tokens] = k, v
+        self.lengths[place] = tokens
+
+    def put_own(self, layer: int, slots: Tensor, steps: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v [n, K, D] as token `steps` [n] of `slots` [n]; returns the layer's buffer."""
+        if layer not in self.own:
+            self.own[layer] = k.new_zeros(2, self.num_slots, k.shape[1], self.max_tokens, k.shape[2])
+        buffer = self.own[layer]
+        buffer[0, slots, :, steps], buffer[1, slots, :, steps] = k, v
+        return buffer
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Layout of a forward pass over whole prompts in one row, which keeps what the layers make of them."""
+
+    cache: KeyValues
+    row: PackedRow
+    places: Sequence[int]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        for place, (first, begin, _) in zip(self.places, self.row.starts):
+            self.cache.put_prompt(layer, place, k[0, :, first:begin], v[0, :, first:begin])
+        return self.row.attend(layer, q, k, v, scale)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Layout of a forward pass over one token of each row. Rows of the same prompt follow each other."""
+
+    cache: KeyValues
+    slots: Tensor  # [n] int64
+    steps: Tensor  # [n] int64: which token of its response each row writes
+    runs: Sequence[tuple[int, int]]
+    """Of each prompt in question: its place, and how many rows it has."""
+    longest: int
+    """Tokens of the longest response after this step."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        own = self.cache.put_own(layer, self.slots, self.steps, k[:, :, 0], v[:, :, 0])
+        grouped = q[:, :, 0].unflatten(1, (k.shape[1], -1))  # [n, K, A / K, D]: the query heads of a key head are one more dimension
+        joined, _ = kernels.merge(*self._own(own, grouped, scale), *self._past(self.cache.prompts[layer], grouped, scale))
+        return joined.flatten(1, 2)[:, None]
+
+    def _own(self, buffer: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        k, v = buffer[:, self.slots, :, : self.longest]  # [n, K, tokens, D]
+        scores = (q @ k.transpose(-1, -2)).float() * scale
+        seen = torch.arange(self.longest, device=q.device) <= self.steps[:, None]
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+        lse = scores.logsumexp(-1)
+        return (scores - lse[..., None]).exp().to(q.dtype) @ v, lse
+
+    def _past(self, buffer: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        outs, lses, start = [], [], 0
+        for place, count in self.runs:
+            k, v = buffer[:, place, None, :, : self.cache.lengths[place]]  # [1, K, tokens, D]
+            queries = q[start : start + count].transpose(0, 1)  # [K, count, A / K, D]
+            out, lse = kernels.attend_all(queries.flatten(1, 2)[None], k, v, scale)
+            outs.append(out[0].unflatten(1, queries.shape[1:3]).transpose(0, 1))
+            lses.append(lse[0].unflatten(1, queries.shape[1:3]).transpose(0, 1))
+            start += count
+        return torch.cat(outs), torch.cat(lses)

@@ -1,0 +1,72 @@
+"""Drawing tokens: what both rollouts share. Shapes: N rows, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aot_fast.defender.model import Defender
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn."""
+
+    num_samples: int
+    temperature: float
+    """0: greedy."""
+    top_p: float
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled answer, on the host."""
+
+    ids: Tensor  # [R] int64, the stop token included
+    logp: Tensor  # [R] float32, of the untruncated distribution at the sampling temperature
+    text: str
+    truncated: bool
+    """No stop token came within the limit."""
+    old_logp: Tensor | None = None  # [R] float32: the trainer's, at the policy that sampled (defender.old_logp recompute)
+
+
+def uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """[N, count] fp64 uniforms, a row's own whatever the batch; drawn on the host so that every device samples alike."""
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(rows)
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Token [N] and its log-prob [N] fp32 by inverting the cumulative distribution at `uniform` [N].
+
+    The log-prob is that of the model's own distribution at the temperature, before banning and top-p: what the trainer recomputes.
+    """
+    scaled = logits.float() / (sampling.temperature or 1.0)
+    logp = torch.log_softmax(scaled, -1)
+    allowed = logp.clone()
+    allowed[:, list(banned)] = -torch.inf
+    if sampling.temperature == 0:
+        token = allowed.argmax(-1)
+    else:
+        # fp64: over 152,064 tokens a cumulative sum in fp32 loses the tail.
+        p = torch.softmax(allowed.double(), -1)
+        if sampling.top_p < 1:
+            sorted_p, order = p.sort(-1, descending=True)
+            kept = sorted_p.cumsum(-1) - sorted_p < sampling.top_p
+            p = torch.zeros_like(p).scatter(-1, order, sorted_p * kept)
+        cumulative = p.cumsum(-1)
+        token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        token = token.clamp_max(logits.shape[-1] - 1)
+    return token, logp.gather(-1, token[:, None])[:, 0]
+
+
+def response_of(defender: Defender, ids: Tensor, logp: Tensor) -> Response:
+    """The response of drawn tokens and log-probs [tokens], cut after its stop token."""
+    ends = torch.isin(ids, torch.tensor(defender.stop_ids)).nonzero()
+    length = int(ends[0]) + 1 if len(ends) else len(ids)
+    text = defender.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+    return Response(ids[:length].clone(), logp[:length].clone(), text, not len(ends))
