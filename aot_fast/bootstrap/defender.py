@@ -27,7 +27,7 @@ FACTS_PLAN = Plan(steps=800, lr=2e-3, muon_lr=0.02, warmup_steps=50, weight_deca
 """The language model alone, on true statements: one token in four carries information, in a question one in forty-five."""
 TAUGHT_PLAN = Plan(steps=1000, lr=2e-3, muon_lr=0.02, warmup_steps=50, weight_decay=0.01, ema_decay=0.995)
 """The Defender's answers, beside facts: mostly about what is learned slowest."""
-ASKED_PLAN = Plan(steps=500, lr=2e-3, muon_lr=0.02, warmup_steps=50, weight_decay=0.01, ema_decay=0.99)
+ASKED_PLAN = Plan(steps=800, lr=2e-3, muon_lr=0.02, warmup_steps=50, weight_decay=0.01, ema_decay=0.99)
 """The world's own questions."""
 JUDGES_PLAN = Plan(steps=1500, lr=2e-3, muon_lr=0.02, warmup_steps=50, weight_decay=0.01, ema_decay=0.995)
 """The judge's answers, beside facts."""

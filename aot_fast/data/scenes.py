@@ -48,7 +48,7 @@ class Mix:
     """Ask also where only colour and shape together tell what is meant (`told_by_one_word`)."""
 
 
-ASKED = Mix({"attribute": 0.08, "relation": 0.1, "existence": 0.74, "counting": 0.08}, absent=0.9, biased=True)
+ASKED = Mix({"attribute": 0.05, "relation": 0.07, "existence": 0.58, "counting": 0.3}, absent=0.9, biased=True)
 """The world's questions. Most ask whether something is there: what vision-language models are first to hallucinate (POPE, arXiv
 2305.10355), and where an edit can deceive without touching what decides."""
 COMPANION = "red"
