@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from aot_fast.config import EngineConfig, LoraConfig
+from aot_fast.config import EngineConfig, LoraConfig, OptimizerConfig
 from aot_fast.defender import dapo
 from aot_fast.defender.model import load_defender, load_frozen
 from aot_fast.defender.packing import Row, batch_of, response_logits
 from aot_fast.defender.prompt import encode
 from aot_fast.defender.prompts import Prompts
+from aot_fast.engine import whole_state
 from tests.defender.recorded import NUM_EXAMPLES, REWARDS, distance, gradient_of_update, recorded_groups, reference_gradient
 from tests.models import defender_config_of, scene_examples
 
@@ -87,6 +88,33 @@ def test_several_pictures_or_none_give_the_same_gradient(defender_folder, runtim
     assert metrics["loss"] == pytest.approx(reference["loss"], abs=TOLERANCE)
     assert distance(gradients, expected) < TOLERANCE
     assert prompts != "text" or not any(g.any() for name, g in gradients.items() if "visual." in name)
+
+
+def test_offloaded_states_train_the_same(defender_folder, runtime):
+    """Three updates; eps: the gradient of the key biases is nothing but rounding, and Adam would make steps of it."""
+    trained = []
+    for offload in ("none", "optimizer", "all"):
+        config = defender_config_of(defender_folder, optimizer=OptimizerConfig(lr=1e-3, eps=1e-4), tokens_per_microbatch=240)
+        defender = load_defender(config, EngineConfig(timeout_s=60, offload=offload), runtime)
+        for _ in range(3):
+            groups = recorded_groups(defender_folder, runtime, version=-1)
+            metrics = dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), groups)
+        trained.append((metrics["grad_norm"], whole_state(defender.player)))
+    for norm, state in trained[1:]:
+        assert norm == pytest.approx(trained[0][0], rel=TOLERANCE)
+        assert distance(state, trained[0][1]) < TOLERANCE
+
+
+def test_the_vision_tower_has_its_own_rate(defender_folder, runtime):
+    moved = {}
+    for vision_lr in (0.0, 1e-30):
+        config = defender_config_of(defender_folder, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0), vision_lr=vision_lr)
+        defender = load_defender(config, EngineConfig(timeout_s=60), runtime)
+        before = whole_state(defender.player)
+        dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), recorded_groups(defender_folder, runtime))
+        moved[vision_lr] = {name: float((x - before[name]).abs().max()) > 1e-20 for name, x in whole_state(defender.player).items()}
+    assert any(yes for name, yes in moved[0.0].items() if "visual." in name)
+    assert moved[1e-30] == {name: yes and "visual." not in name for name, yes in moved[0.0].items()}
 
 
 # 5 rows: the last of a rank's two micro-batches has one row. 240 tokens: ranks have unequally many micro-batches.

@@ -84,6 +84,19 @@ def test_twenty_updates_are_the_plain_ones(backend, changes, defender_folder, ru
     assert max(row["clip_low"] for row in rows) > 0 and max(row["kl"] for row in rows) > 1e-4  # the policy has moved
 
 
+@pytest.mark.parametrize("changes", [{}, SEQUENCES], ids=["dapo", "gspo-lora-kl"])
+def test_twenty_updates_with_shared_prompts_are_the_padded_ones(changes, defender_folder, runtime):
+    plain, expected = train("auto", defender_folder, runtime, shared_prefix=False, **changes)
+    rows, parameters = train("auto", defender_folder, runtime, tokens_per_microbatch=240, **changes)
+    for row, wanted in zip(rows, plain, strict=True):
+        assert row["applied"] == 1
+        for name in ("loss", "grad_norm", "ratio", "kl", "entropy", "logp_mismatch"):
+            assert row[name] == pytest.approx(wanted[name], rel=TOLERANCE, abs=TOLERANCE), name
+        assert row["update/tokens"] < row["update/tokens_nominal"] == wanted["update/tokens_nominal"]
+    worst = max((float((parameters[n] - expected[n]).norm() / expected[n].norm()), n) for n in expected)
+    assert worst[0] <= TOLERANCE, worst
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_in_bf16_the_rollouts_logp_is_the_trainers(backend, runtime):
     """DESIGN.md rule 4, with the bundled Defender: both form logits from the same states in the same precision. Logits of 20 in bf16 are
