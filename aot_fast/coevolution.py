@@ -19,6 +19,7 @@ from aot_fast.defender import dapo
 from aot_fast.defender.answers import answerer, likelihood
 from aot_fast.defender.groups import collect
 from aot_fast.defender.model import export_defender
+from aot_fast.defender.old_logp import with_old_logp
 from aot_fast.defender.prompts import Prompts
 from aot_fast.engine import TooManyBadSteps, close_runtime, on_rank_0, open_runtime
 from aot_fast.evaluation.heldout import evaluate, publish
@@ -76,7 +77,7 @@ def train_defender(game: Game, examples: Pictures) -> None:
                 collected = collect(defender, prompts, game.stream, game.stopping)
             game.check_stop()  # a rollout that was cut short is not trained on: it is drawn again when the run continues
             with game.spans(f"{game.cursor.phase}/update"):
-                groups, rows = dapo.with_old_logp(defender, prompts, collected.groups), []
+                groups, rows = with_old_logp(defender, prompts, collected.groups, game.stream), []
                 for first in range(0, config.defender.steps_per_rollout * size, size):
                     if game.cursor.step + len(rows) < steps:
                         rows.append(collected.metrics | dapo.update(defender, prompts, groups[first : first + size], reference))

@@ -3,9 +3,10 @@
     python bench/defender.py --json bench/results/cpu/defender.json
     python bench/defender.py --only update --group 8 --response 32 --side 400x384
 
-A real Qwen2.5-VL with random weights, real DeepSpeed ZeRO-3 engines of one process. Every ratio is one of medians of alternating runs on
-the same prompts and, for updates, the same recorded answers; it is not printed where losses, gradients or tokens differ. Beside it stands
-what counting floating-point operations expects. TRL (1.16, with datasets) takes part where it is installed; its step runs without ZeRO-3.
+A real Qwen2.5-VL with random weights, real DeepSpeed ZeRO-3 engines of one process. A ratio is one of medians on the same prompts and, for
+updates, the same recorded answers, of runs that take turns (TRL's whole steps follow ours); it is null where losses, gradients or tokens
+differ. Beside it stands what counting floating-point operations expects. TRL (1.16, with datasets) takes part where it is installed; its
+step runs without ZeRO-3.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from aot_fast.bootstrap.folders import build_tokenizer, save_processor  # noqa: 
 from aot_fast.bootstrap.model import defender_config  # noqa: E402
 from aot_fast.config import DefenderConfig, EngineConfig, OptimizerConfig, RunConfig  # noqa: E402
 from aot_fast.data.schema import Example, Question  # noqa: E402
-from aot_fast.defender import dapo, flops  # noqa: E402
+from aot_fast.defender import dapo, flops, rollout_padded  # noqa: E402
 from aot_fast.defender.counters import shapes_of  # noqa: E402
 from aot_fast.defender.drawing import Sampling  # noqa: E402
 from aot_fast.defender.groups import Group  # noqa: E402
@@ -240,13 +241,15 @@ def ratio(slow: float, fast: float, agree: bool) -> float | None:
 
 
 def compare_rollouts(work: Work, runtime) -> dict[str, object]:
-    """Sampling against `generate` with num_return_sequences = G; greedy tokens must be the same."""
+    """Sampling against `generate` with num_return_sequences = G. Greedy tokens must be its, sampled ones those of the plain rollout."""
     defender, prompts = build(work, runtime)
     every = [prompts[i] for i in range(len(prompts))]
     with defender.whole():
         greedy = [r.ids for group in sample(defender, every, range(len(every)), replace(sampling(work, 0.0), num_samples=1)) for r in group]
         theirs = generate(defender, every, work, num_return_sequences=1, do_sample=False)
         agree = all(torch.equal(a, b.cpu()) for a, b in zip(greedy, theirs, strict=True))
+        drawn = [draws(defender, every, range(len(every)), sampling(work)) for draws in (sample, rollout_padded.sample)]
+        agree &= all(torch.equal(a.ids, b.ids) for one, other in zip(*drawn, strict=True) for a, b in zip(one, other, strict=True))
         runs = {
             "shared": lambda: sample(defender, every, range(len(every)), sampling(work)),
             "generate": lambda: generate(defender, every, work, num_return_sequences=work.group, do_sample=True, top_k=0),

@@ -9,7 +9,7 @@ import torch
 import aot_fast.kernels as K
 from aot_fast.data.answers import score
 from aot_fast.data.schema import Answer, Example
-from aot_fast.defender.drawing import Response, Sampling
+from aot_fast.defender.drawing import Sampling
 from aot_fast.defender.head import rollout_logits
 from aot_fast.defender.model import Defender
 from aot_fast.defender.packing import Row, batch_of, response_logits
@@ -46,18 +46,25 @@ def likelihood(defender: Defender) -> Likelihood:
         greedy = Sampling(1, 0.0, 1.0, defender.config.max_response_tokens)
         prompts = (encode(defender, example) for example in asked.values())
         answers = dict(zip(asked, (group[0] for group in sample(defender, prompts, [0] * len(asked), greedy))))
-        pairs = [(example, answers[original.key]) for original, example in zip(originals, edited, strict=True)]
-        size = defender.config.rollout_batch
-        return [p for i in range(0, len(pairs), size) for p in _probabilities(defender, pairs[i : i + size])]
+        rows: list[Row] = []
+        told: list[float] = []
+        for original, example in zip(originals, edited, strict=True):
+            answer = answers[original.key]
+            rows.append(Row(encode(defender, example), answer.ids, answer.logp, torch.zeros_like(answer.logp), len(rows)))
+            if _is_full(defender, rows):
+                told += _probabilities(defender, rows)
+                rows = []
+        return told + (_probabilities(defender, rows) if rows else [])
 
     return probability
 
 
-def _probabilities(defender: Defender, pairs: Sequence[tuple[Example, Response]]) -> list[float]:
-    rows = [
-        Row(encode(defender, example), answer.ids, answer.logp, torch.zeros_like(answer.logp), i)
-        for i, (example, answer) in enumerate(pairs)
-    ]
+def _is_full(defender: Defender, rows: Sequence[Row]) -> bool:
+    tokens = sum(len(row.prompt.ids) + len(row.ids) for row in rows)
+    return len(rows) >= defender.config.rollout_batch or tokens >= defender.config.tokens_per_microbatch
+
+
+def _probabilities(defender: Defender, rows: Sequence[Row]) -> list[float]:
     batch = batch_of(defender, rows)
     with rollout_logits(defender):
         logp = K.logprob(response_logits(defender.core, batch), batch.targets).logp

@@ -12,6 +12,7 @@ Shapes: T tokens of the row, A query heads, K key-value heads (A a multiple of K
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -44,17 +45,24 @@ def install(model: nn.Module, attention: str) -> None:
     config = model.config.get_text_config()
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError("defender.model: its text layers have sliding-window attention; packing knows full attention only")
-    plain = eager_attention_forward if attention == "eager" else ALL_ATTENTION_FUNCTIONS[attention]
+    plain = _plain_attention(attention)
 
     def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: Layout | None = None, **rest: Any):
         if layout is None:
             return plain(module, q, k, v, mask, **rest)
         return layout.attend(module.layer_idx, q, k, v, rest["scaling"]), None
 
-    name = f"aot_fast_{attention}"
+    # transformers' flash attention looks its kernels up by the model's own setting: it keeps its name, also for models that pass no layout.
+    name = attention if attention.startswith("flash") else f"aot_fast_{attention}"
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[attention])
     config._attn_implementation = name
+
+
+@lru_cache
+def _plain_attention(attention: str) -> Callable:
+    """What transformers has under this name; asked for before anything is registered in its place."""
+    return eager_attention_forward if attention == "eager" else ALL_ATTENTION_FUNCTIONS[attention]
 
 
 @dataclass(frozen=True)

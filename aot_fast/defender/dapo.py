@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 import aot_fast.kernels as K
 from aot_fast.defender.counters import update_counters
 from aot_fast.defender.groups import Group
-from aot_fast.defender.head import batch_loss, reference_logp, trainer_logp
+from aot_fast.defender.head import batch_loss, reference_logp
 from aot_fast.defender.model import Defender
 from aot_fast.defender.packing import Batch, batch_of
 from aot_fast.defender.prompts import Prompts
@@ -42,7 +41,9 @@ def update(defender: Defender, prompts: Prompts, groups: list[Group], reference:
     num_tokens, num_sequences = normalisers(defender, groups)
     wanted = trained_on(defender, groups, advantages.values)
     metrics = []
-    for parts in share_of(defender, groups, wanted):
+    shares = share_of(defender, groups, wanted)
+    prompts.prefetch(groups[part.group].example for parts in shares for part in parts)
+    for parts in shares:
         batch = batch_of(defender, rows_of(defender, prompts, groups, parts, advantages.values))
         ref_logp = reference_logp(defender, reference, batch)  # first: between forward and backward ZeRO-3 would lose its order
         loss = batch_loss(
@@ -82,30 +83,6 @@ def update(defender: Defender, prompts: Prompts, groups: list[Group], reference:
             "applied": float(step.applied),
         }
     )
-
-
-def with_old_logp(defender: Defender, prompts: Prompts, groups: list[Group]) -> list[Group]:
-    """`groups`, which every rank holds, with the trainer's own log-probs beside the sampler's (defender.old_logp recompute).
-
-    Of groups that the policy as it is has sampled; others keep what they have. A collective.
-    """
-    if defender.config.old_logp == "rollout" or not groups:
-        return groups
-    made: dict[int, Tensor] = {}
-    every = sum(len(g.responses) for g in groups)
-    for parts in share_of(defender, groups, [True] * every):
-        batch = batch_of(defender, rows_of(defender, prompts, groups, parts, torch.zeros(every)))
-        logp = trainer_logp(defender, batch).float()
-        for number in batch.sequences[batch.mask].unique().tolist():
-            made[number] = logp[batch.mask & (batch.sequences == number)].cpu()
-    for other in defender.runtime.gather(made):
-        made |= other
-    numbers, given = iter(range(every)), []
-    for group in groups:
-        now = group.version == defender.version
-        responses = [replace(r, old_logp=made[n] if now else r.old_logp) for r, n in zip(group.responses, numbers)]
-        given.append(replace(group, responses=tuple(responses)))
-    return given
 
 
 def trained_on(defender: Defender, groups: list[Group], advantages: Tensor) -> list[bool]:

@@ -2,7 +2,8 @@
 
 A decoding step reads a prompt once for all rows that belong to it. Rows attend to their prompt and to themselves in two parts that are
 joined by their log-sum-exps, as in training (attention.py).
-Shapes: S slots, n <= S rows that are decoded, Q prompts kept, P room for a prompt, R room for a response, A query heads, K key-value heads.
+Shapes: S slots, n <= S rows that are decoded, Q prompts kept, P room for a prompt, R room for a response (both grow), A query heads,
+K key-value heads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from aot_fast.defender import attention_kernels as kernels
 from aot_fast.defender.attention import PackedRow
 
 ROOM = 64
-"""Prompts get room in multiples of this many tokens: buffers seldom have to grow."""
+"""Prompts get room in multiples of this many tokens, responses begin with it: few buffers have to grow, none is as long as it might be."""
 
 
 class KeyValues:
@@ -43,11 +44,14 @@ class KeyValues:
         buffer[0, place, :, :tokens], buffer[1, place, :, :tokens] = k, v
         self.lengths[place] = tokens
 
-    def put_own(self, layer: int, slots: Tensor, steps: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k and v [n, K, D] as token `steps` [n] of `slots` [n]; returns the layer's buffer."""
+    def put_own(self, layer: int, slots: Tensor, steps: Tensor, longest: int, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v [n, K, D] as token `steps` [n], each below `longest`, of `slots` [n]; returns the layer's buffer."""
         if layer not in self.own:
-            self.own[layer] = k.new_zeros(2, self.num_slots, k.shape[1], self.max_tokens, k.shape[2])
+            self.own[layer] = k.new_zeros(2, self.num_slots, k.shape[1], min(ROOM, self.max_tokens), k.shape[2])
         buffer = self.own[layer]
+        if buffer.shape[3] < longest:
+            more = buffer.new_zeros(*buffer.shape[:3], min(2 * longest, self.max_tokens) - buffer.shape[3], buffer.shape[4])
+            self.own[layer] = buffer = torch.cat([buffer, more], 3)
         buffer[0, slots, :, steps], buffer[1, slots, :, steps] = k, v
         return buffer
 
@@ -79,14 +83,14 @@ class Step:
     """Tokens of the longest response after this step."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        own = self.cache.put_own(layer, self.slots, self.steps, k[:, :, 0], v[:, :, 0])
+        own = self.cache.put_own(layer, self.slots, self.steps, self.longest, k[:, :, 0], v[:, :, 0])
         grouped = q[:, :, 0].unflatten(1, (k.shape[1], -1))  # [n, K, A / K, D]: the query heads of a key head are one more dimension
         joined, _ = kernels.merge(*self._own(own, grouped, scale), *self._past(self.cache.prompts[layer], grouped, scale))
         return joined.flatten(1, 2)[:, None]
 
     def _own(self, buffer: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         k, v = buffer[:, self.slots, :, : self.longest]  # [n, K, tokens, D]
-        scores = (q @ k.transpose(-1, -2)).float() * scale
+        scores = q.float() @ k.transpose(-1, -2).float() * scale  # as flash attention keeps them; rounded to bf16, a weight is off by 8 %
         seen = torch.arange(self.longest, device=q.device) <= self.steps[:, None]
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
         lse = scores.logsumexp(-1)

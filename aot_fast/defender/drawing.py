@@ -40,15 +40,15 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Token [N] and its log-prob [N] fp32 by inverting the cumulative distribution at `uniform` [N].
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Tensor) -> tuple[Tensor, Tensor]:
+    """Token [N] and its log-prob [N] fp32, never one of `banned` (token ids), by inverting the cumulative distribution at `uniform` [N].
 
     The log-prob is that of the model's own distribution at the temperature, before banning and top-p: what the trainer recomputes.
     """
     scaled = logits.float() / (sampling.temperature or 1.0)
     logp = torch.log_softmax(scaled, -1)
     allowed = logp.clone()
-    allowed[:, list(banned)] = -torch.inf
+    allowed[:, banned] = -torch.inf
     if sampling.temperature == 0:
         token = allowed.argmax(-1)
     else:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class Group:
         return 0 < sum(self.correct) < len(self.correct)
 
 
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num_examples: int) -> torch.Tensor:
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed_of(seed, "epoch", epoch)))
+
+
 @dataclass
 class Stream:
     """Where dynamic sampling stands in its phase; part of the checkpoint."""
@@ -62,8 +68,7 @@ class Stream:
         drawn = []
         for number in range(self.consumed, self.consumed + count):
             epoch, place = divmod(number, num_examples)
-            order = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-            drawn.append((number, int(torch.randperm(num_examples, generator=order)[place])))
+            drawn.append((number, int(_order(self.seed, epoch, num_examples)[place])))
         self.consumed += count
         return drawn
 

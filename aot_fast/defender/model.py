@@ -139,7 +139,10 @@ def _take_ligers(model: PreTrainedModel, kind: str) -> None:
     function that transformers 5 never calls."""
     import liger_kernel.transformers as liger
 
-    apply = {"qwen2_5_vl": liger.apply_liger_kernel_to_qwen2_5_vl, "qwen3_vl": liger.apply_liger_kernel_to_qwen3_vl}[kind]
+    apply = getattr(liger, f"apply_liger_kernel_to_{kind}", None)
+    if apply is None:
+        print(f"liger-kernel knows no {kind}: the Defender keeps transformers' own layers", flush=True)
+        return
     apply(rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True, model=model)
 
 

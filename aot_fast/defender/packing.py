@@ -117,11 +117,19 @@ def response_logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
 
 
+def pictures_of(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
+    """The keyword arguments of the vision tower, empty where there is no picture."""
+    if not any(len(p.grid) for p in prompts):
+        return {}
+    # Copied one by one: put together on the host, they would no longer lie in page-locked memory.
+    pixels, grids = ([x.to(device, non_blocking=True) for x in parts] for parts in zip(*((p.pixels, p.grid) for p in prompts)))
+    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+
+
 def _inputs(defender: Defender, ids: Tensor, positions: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    device = defender.runtime.device
     inputs = {"input_ids": ids, "position_ids": positions, "mm_token_type_ids": (ids == defender.core.config.image_token_id).int()}
-    if any(len(p.grid) for p in prompts):
-        inputs |= {"pixel_values": torch.cat([p.pixels for p in prompts]), "image_grid_thw": torch.cat([p.grid for p in prompts])}
-    return {name: x.to(defender.runtime.device, non_blocking=True) for name, x in inputs.items()}
+    return {name: x.to(device, non_blocking=True) for name, x in inputs.items()} | pictures_of(prompts, device)
 
 
 def _response_positions(prompt: Prompt, length: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The prompts of a phase, each decoded, resized and cut into patches once, by threads ahead of time, for rollout and training."""
+"""The prompts of a phase: decoded, resized and cut into patches by threads ahead of time, once a rank for both rollout and training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class Prompts:
         self.examples = examples
         self._defender = defender
         self._pool = ThreadPoolExecutor(defender.config.prefetch_workers) if defender.config.prefetch_workers else None
-        self._kept: OrderedDict[int, Future[Prompt]] = OrderedDict()
+        self._kept: dict[int, Future[Prompt]] = {}
+        self._asked: OrderedDict[int, int] = OrderedDict()
+        """Bytes of those that were asked for, the last one asked for at the end."""
+        self._asked_bytes = 0
         self._wanted: deque[int] = deque()
         self._ahead: set[int] = set()
         """Not asked for yet."""
@@ -49,9 +52,12 @@ class Prompts:
     def __getitem__(self, index: int) -> Prompt:
         self._ahead.discard(index)
         future = self._start(index)
-        self._kept.move_to_end(index)
         self._fill()
         prompt = future.result()
+        if index not in self._asked:
+            self._asked[index] = prompt.num_bytes
+            self._asked_bytes += prompt.num_bytes
+        self._asked.move_to_end(index)
         self._give_up_oldest()
         return prompt
 
@@ -110,10 +116,7 @@ class Prompts:
         return prompt.pinned() if self._defender.runtime.device.type == "cuda" else prompt
 
     def _give_up_oldest(self) -> None:
-        asked = {i: f.result().num_bytes for i, f in self._kept.items() if i not in self._ahead and not f.exception()}
-        surplus = sum(asked.values()) - self._defender.config.prefetch_bytes / 2
-        for index, size in list(asked.items())[:-1]:
-            if surplus <= 0:
-                break
+        while self._asked_bytes > self._defender.config.prefetch_bytes / 2 and len(self._asked) > 1:
+            index, size = self._asked.popitem(last=False)
             del self._kept[index]
-            surplus -= size
+            self._asked_bytes -= size

@@ -62,14 +62,14 @@ class _Rollout:
     def __init__(self, defender: Defender, prompts: Iterable[Prompt], seeds: Sequence[int], sampling: Sampling):
         self.defender, self.sampling, self.seeds = defender, sampling, seeds
         self.device = defender.runtime.device
-        self.coming = enumerate(prompts)
+        self.coming, self.next = enumerate(prompts), None
         self.waiting: deque[_Sample] = deque()
         self.active: list[_Sample] = []
         self.groups: list[list[Response | None]] = []
         size, group = defender.config.rollout_batch, sampling.num_samples
         size = min(size, group * len(seeds))
-        # Twice the prompts that fill the slots: some are kept by a last straggler.
-        places = 2 * -(-size // group)
+        # Twice the prompts that fill the slots, for some are kept by a last straggler; of one sample each, none is.
+        places = size if group == 1 else 2 * -(-size // group)
         self.free_slots, self.free_places = list(range(size))[::-1], list(range(places))[::-1]
         self.unfinished = [0] * places  # samples of the prompt there
         self.cache = KeyValues(size, places, sampling.max_tokens, self.device)
@@ -79,7 +79,8 @@ class _Rollout:
         self.uniforms = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self.steps, self.positions = (torch.zeros(size, dtype=torch.long, device=self.device) for _ in range(2))
         self.done = torch.zeros(size, dtype=torch.bool, device=self.device)
-        self.stop = torch.tensor(defender.stop_ids, device=self.device)
+        # Once, for a list turned into a tensor on a GPU is a synchronisation.
+        self.stop, self.banned = (torch.tensor(ids, device=self.device) for ids in (defender.stop_ids, defender.banned_ids))
 
     def run(self) -> list[list[Response]]:
         looks = 1 if self.device.type == "cpu" else STEPS_BETWEEN_LOOKS
@@ -102,15 +103,18 @@ class _Rollout:
         return bool(self.active)
 
     def prefill(self) -> bool:
-        """Prefill as many prompts as the free slots want and the token budget allows; False when there are none, or no place for them."""
+        """Prefill as many prompts as the free slots want and the token budget allows, at least one; False without any, or a place."""
         group, budget = self.sampling.num_samples, self.defender.config.tokens_per_microbatch
         wanted = min(-(-(len(self.free_slots) - len(self.waiting)) // group), len(self.free_places))
         taken: list[tuple[int, Prompt]] = []
-        while len(taken) < wanted and sum(len(p.ids) for _, p in taken) < budget:
-            number, prompt = next(self.coming, (-1, None))
-            if prompt is None:
+        tokens = 0
+        while len(taken) < wanted:
+            self.next = self.next or next(self.coming, None)
+            if self.next is None or (taken and tokens + len(self.next[1].ids) > budget):
                 break
-            taken.append((number, prompt))
+            tokens += len(self.next[1].ids)
+            taken.append(self.next)
+            self.next = None
         if not taken:
             return False
         places = [self.free_places.pop() for _ in taken]
@@ -128,7 +132,7 @@ class _Rollout:
         count = self.sampling.num_samples
         self.groups.append([None] * count)
         drawn = self.draws(number)[:, 0].to(self.device)
-        tokens, logps = draw(logits.expand(count, -1), drawn, self.sampling, self.defender.banned_ids)
+        tokens, logps = draw(logits.expand(count, -1), drawn, self.sampling, self.banned)
         over = torch.isin(tokens, self.stop) | (self.sampling.max_tokens == 1)
         for j, ended in enumerate(over.tolist()):
             if ended:
@@ -167,7 +171,7 @@ class _Rollout:
         inputs = {"input_ids": self.tokens[slots, steps][:, None], "position_ids": (self.positions[slots] + steps).expand(3, -1)[..., None]}
         logits = self.defender.core(**inputs, attention_mask=None, layout=layout, use_cache=False).logits[:, -1]
         following = (steps + 1).clamp_max(self.sampling.max_tokens - 1)
-        token, logp = draw(logits, self.uniforms[slots, following], self.sampling, self.defender.banned_ids)
+        token, logp = draw(logits, self.uniforms[slots, following], self.sampling, self.banned)
         done = self.done[slots]
         self.tokens[slots, following] = torch.where(done, self.tokens[slots, following], token)
         self.logps[slots, following] = torch.where(done, self.logps[slots, following], logp)

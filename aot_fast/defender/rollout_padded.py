@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from aot_fast.defender.drawing import Response, Sampling, draw, response_of, uniforms
 from aot_fast.defender.model import Defender
-from aot_fast.defender.packing import left_pad
+from aot_fast.defender.packing import left_pad, pictures_of
 from aot_fast.defender.prompt import Prompt
 from aot_fast.engine import seed_of
 
@@ -34,11 +34,11 @@ def _sample_batch(defender: Defender, prompts: list[Prompt], seeds: Sequence[int
     logits, cache, mask = _prefill(defender, prompts, sampling.num_samples)
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(sampling.num_samples)
     chance = uniforms([seed_of(seed, j) for seed in seeds for j in range(sampling.num_samples)], sampling.max_tokens).to(device)
-    stop = torch.tensor(defender.stop_ids, device=device)
+    stop, banned = (torch.tensor(ids, device=device) for ids in (defender.stop_ids, defender.banned_ids))
     done = torch.zeros(num_rows, dtype=torch.bool, device=device)
     tokens, logps = [], []
     for t in range(sampling.max_tokens):
-        token, logp = draw(logits, chance[:, t], sampling, defender.banned_ids)
+        token, logp = draw(logits, chance[:, t], sampling, banned)
         tokens.append(torch.where(done, stop[0], token))
         logps.append(logp)
         done = done | torch.isin(token, stop)
@@ -62,8 +62,7 @@ def _prefill(defender: Defender, prompts: list[Prompt], num_samples: int) -> tup
         attention_mask=mask,
         position_ids=positions,
         mm_token_type_ids=(ids == defender.core.config.image_token_id).int(),
-        pixel_values=torch.cat([p.pixels for p in prompts]).to(device),
-        image_grid_thw=torch.cat([p.grid for p in prompts]).to(device),
+        **pictures_of(prompts, device),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,

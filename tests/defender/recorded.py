@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -50,16 +49,21 @@ def recorded_groups(folder: Path, runtime: Runtime, version: int = 0) -> list[Gr
     return groups
 
 
-def make_prompts(kind: str, defender: Defender) -> Sequence[Prompt]:
+class Encoded(list[Prompt]):
+    """Prompts that are there already."""
+
+    def prefetch(self, indices) -> None:
+        pass
+
+
+def make_prompts(kind: str, defender: Defender) -> Prompts | Encoded:
     """NUM_EXAMPLES prompts. scenes: questions about a picture each. mixed: two pictures, none, and one. text: no pictures at all."""
     examples = scene_examples(NUM_EXAMPLES)
     if kind == "scenes":
         return Prompts(defender, examples)
     numbers = {"mixed": (2, 0, 1), "text": (0, 0, 0)}[kind]
-    return [
-        encode_chat(defender, chat_text(defender, example.question.question, n), [example.image] * n, example.key, "test")
-        for example, n in zip(examples, numbers)
-    ]
+    chats = [(chat_text(defender, e.question.question, n), [e.image] * n, e.key, "test") for e, n in zip(examples, numbers)]
+    return Encoded(encode_chat(defender, *chat) for chat in chats)
 
 
 def gradient_of_update(folder: Path, order: int, runtime: Runtime, version: int = 0, prompts: str = "scenes", **changes):

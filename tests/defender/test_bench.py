@@ -1,4 +1,4 @@
-"""bench/defender.py runs, refuses to compare what differs, and writes what its readers look for."""
+"""bench/defender.py runs, finds what it compares to be the same, and writes what its readers look for."""
 
 import json
 

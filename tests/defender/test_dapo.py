@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +157,26 @@ def test_equal_rewards_give_no_gradient(defender_folder, runtime):
     defender = load_defender(defender_config_of(defender_folder), EngineConfig(timeout_s=60), runtime)
     metrics = dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), groups)
     assert metrics["groups/degenerate"] == len(REWARDS) and metrics["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "gspo"}, {"agg": "seq_mean"}, {"agg": "seq_sum_norm"}, {"mask_truncated": True}])
+def test_leaving_out_what_has_no_gradient_changes_nothing(defender_folder, runtime, changes, monkeypatch):
+    """A group of equal rewards, and one with a reward that is no number; normalisers are those of all responses."""
+    groups = recorded_groups(defender_folder, runtime, version=-1)
+    groups[1] = replace(groups[1], rewards=(0.8,) * 4)
+    groups[2] = replace(groups[2], rewards=(math.nan, 1.0, 0.0, 0.8))
+    made = []
+    for everything in (False, True):
+        if everything:
+            monkeypatch.setattr(dapo, "trained_on", lambda defender, groups, advantages: [True] * len(advantages))
+        if everything and "mask_truncated" in changes:  # without them being left out nothing keeps them from the loss
+            break
+        defender = load_defender(defender_config_of(defender_folder, **changes), EngineConfig(timeout_s=60), runtime)
+        made.append(dapo.update(defender, Prompts(defender, scene_examples(NUM_EXAMPLES)), groups))
+    assert made[0]["rows/dropped"] >= 5 and made[0]["applied"] == 1
+    for wanted in made[1:]:
+        assert made[0]["loss"] == pytest.approx(wanted["loss"], abs=TOLERANCE)
+        assert made[0]["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=TOLERANCE) and wanted["rows/dropped"] == 0
 
 
 def test_no_groups_skip_the_step(defender_folder, runtime):

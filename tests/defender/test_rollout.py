@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+import aot_fast.kernels as K
 from aot_fast.defender.drawing import Sampling, draw
+from aot_fast.defender.head import rollout_logits
 from aot_fast.defender.model import load_frozen
-from aot_fast.defender.packing import left_pad
+from aot_fast.defender.packing import Row, batch_of, left_pad, response_logits
 from aot_fast.defender.prompt import chat_text, encode, encode_chat
 from aot_fast.defender.rollout import sample
 from tests.models import answers_to, defender_config_of, scene_examples
@@ -51,6 +53,21 @@ def test_shared_rollout_draws_what_the_plain_one_draws(defender, slots, temperat
     got = answers_to(configured(defender, rollout_batch=slots, tokens_per_microbatch=250), examples, range(5), sampling)
     same(got, plain)
     assert temperature == 0 or 1 in lengths and len(lengths) > 3
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_in_bf16_too(defender_folder, runtime, top_p):
+    """What is left is a hidden state that rounds differently: 0.01 here, where scores rounded before the softmax make it 0.05."""
+    half = dataclasses.replace(runtime, dtype=torch.bfloat16)
+    defender = load_frozen(defender_folder, defender_config_of(defender_folder), half)
+    prompts, sampling = [encode(defender, e) for e in scene_examples(3)], Sampling(4, 1.0, top_p, 12)
+    rows = []
+    for prompt, group in zip(prompts, sample(defender, prompts, range(3), sampling)):
+        rows += [Row(prompt, r.ids, r.logp, torch.ones_like(r.logp), len(rows) + i) for i, r in enumerate(group)]
+    batch = batch_of(defender, rows)
+    with torch.no_grad(), rollout_logits(defender):
+        logp = K.logprob(response_logits(defender.model, batch), batch.targets).logp
+    assert (logp - batch.logp).abs().max() < 0.03
 
 
 def test_prompts_are_read_when_their_slots_are_free(defender):
@@ -125,7 +142,7 @@ def test_sampled_tokens_follow_the_models_distribution(defender):
 def test_draw_follows_the_distribution_and_records_its_logp():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]])).expand(4000, -1)
     uniform = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    token, logp = draw(logits, uniform, SAMPLING, banned=[])
+    token, logp = draw(logits, uniform, SAMPLING, banned=torch.tensor([], dtype=torch.long))
     share = torch.bincount(token, minlength=4) / 4000
     # Three standard errors of a share of 4,000 draws are below 0.024.
     assert (share - torch.tensor([0.5, 0.25, 0.125, 0.125])).abs().max() < 0.024
@@ -136,7 +153,7 @@ def test_draw_follows_the_distribution_and_records_its_logp():
 def test_banned_tokens_are_never_drawn(temperature):
     logits = torch.tensor([[9.0, 1.0, 0.0]]).expand(200, -1)
     uniform = torch.linspace(0, 1 - 1e-9, 200, dtype=torch.float64)
-    token, logp = draw(logits, uniform, dataclasses.replace(SAMPLING, temperature=temperature), banned=[0])
+    token, logp = draw(logits, uniform, dataclasses.replace(SAMPLING, temperature=temperature), banned=torch.tensor([0]))
     assert 0 not in token
     # The log-prob is the model's own: the trainer, which bans nothing, must find the same one.
     assert torch.allclose(logp, logits[0].log_softmax(-1)[token])
@@ -145,7 +162,7 @@ def test_banned_tokens_are_never_drawn(temperature):
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(500, -1)
     uniform = torch.linspace(0, 1 - 1e-9, 500, dtype=torch.float64)
-    token, _ = draw(logits, uniform, dataclasses.replace(SAMPLING, top_p=0.7), banned=[])
+    token, _ = draw(logits, uniform, dataclasses.replace(SAMPLING, top_p=0.7), banned=torch.tensor([], dtype=torch.long))
     assert set(token.tolist()) == {0, 1}
 
 
