@@ -81,6 +81,10 @@ class Step:
     """Of each prompt in question: its place, and how many rows it has."""
     longest: int
     """Tokens of the longest response after this step."""
+    span: slice | None = None
+    """The slots, where they follow each other: the buffer is then read in place."""
+    in_step: bool = False
+    """Whether all rows write the token of the same number, so that none has to be hidden from another."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         own = self.cache.put_own(layer, self.slots, self.steps, self.longest, k[:, :, 0], v[:, :, 0])
@@ -89,20 +93,35 @@ class Step:
         return joined.flatten(1, 2)[:, None]
 
     def _own(self, buffer: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        k, v = buffer[:, self.slots, :, : self.longest]  # [n, K, tokens, D]
+        k, v = buffer[:, self.slots if self.span is None else self.span, :, : self.longest]  # [n, K, tokens, D]
         scores = q.float() @ k.transpose(-1, -2).float() * scale  # as flash attention keeps them; rounded to bf16, a weight is off by 8 %
-        seen = torch.arange(self.longest, device=q.device) <= self.steps[:, None]
-        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+        if not self.in_step:
+            unseen = torch.arange(self.longest, device=q.device) > self.steps[:, None]
+            scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
         lse = scores.logsumexp(-1)
         return (scores - lse[..., None]).exp().to(q.dtype) @ v, lse
 
     def _past(self, buffer: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         outs, lses, start = [], [], 0
-        for place, count in self.runs:
-            k, v = buffer[:, place, None, :, : self.cache.lengths[place]]  # [1, K, tokens, D]
-            queries = q[start : start + count].transpose(0, 1)  # [K, count, A / K, D]
-            out, lse = kernels.attend_all(queries.flatten(1, 2)[None], k, v, scale)
-            outs.append(out[0].unflatten(1, queries.shape[1:3]).transpose(0, 1))
-            lses.append(lse[0].unflatten(1, queries.shape[1:3]).transpose(0, 1))
-            start += count
+        for place, num_prompts, count in self._alike():
+            k, v = buffer[:, place : place + num_prompts, :, : self.cache.lengths[place]]  # [prompts, K, tokens, D]
+            rows = (
+                q[start : start + num_prompts * count].unflatten(0, (num_prompts, count)).transpose(1, 2)
+            )  # [prompts, K, count, A / K, D]
+            out, lse = kernels.attend_all(rows.flatten(2, 3), k, v, scale)
+            outs.append(out.unflatten(2, rows.shape[2:4]).transpose(1, 2).flatten(0, 1))
+            lses.append(lse.unflatten(2, rows.shape[2:4]).transpose(1, 2).flatten(0, 1))
+            start += num_prompts * count
         return torch.cat(outs), torch.cat(lses)
+
+    def _alike(self) -> list[tuple[int, int, int]]:
+        """(first place, prompts, rows of each): neighbours with as many tokens and rows are read by one call."""
+        found: list[tuple[int, int, int]] = []
+        for place, count in self.runs:
+            first, num_prompts, rows = found[-1] if found else (-1, 0, 0)
+            same = found and rows == count and self.cache.lengths[first] == self.cache.lengths[place]
+            if same and place == first + num_prompts:
+                found[-1] = first, num_prompts + 1, count
+            else:
+                found.append((place, 1, count))
+        return found

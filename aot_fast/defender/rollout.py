@@ -158,16 +158,20 @@ class _Rollout:
 
     # Steps
 
-    def rows(self) -> tuple[tuple[Tensor, list[tuple[int, int]]], int]:
-        """Slots of the active samples, those of a prompt together, with the runs of prompts; tokens of the longest after the next step."""
-        slots = torch.tensor([s.slot for s in self.active], device=self.device)
+    def rows(self) -> tuple[tuple[Tensor, list[tuple[int, int]], slice | None, bool], int]:
+        """What Step wants of the active samples, those of a prompt together; tokens of the longest after the next step."""
+        numbers = [s.slot for s in self.active]
+        slots, first = torch.tensor(numbers, device=self.device), numbers[0]
         runs = [(place, len(list(run))) for place, run in groupby(s.place for s in self.active)]
-        return (slots, runs), int(self.steps[slots].max()) + 1
+        span = slice(first, first + len(numbers)) if numbers == list(range(first, first + len(numbers))) else None
+        steps = self.steps[slots].tolist()
+        # Where the host looks again only after some steps, samples end in between and stand still.
+        return (slots, runs, span, self.device.type == "cpu" and len(set(steps)) == 1), max(steps) + 1
 
-    def step(self, slots: Tensor, runs: list[tuple[int, int]], longest: int) -> None:
+    def step(self, slots: Tensor, runs: list[tuple[int, int]], span: slice | None, in_step: bool, longest: int) -> None:
         """One more token of every sample in `slots` that is not done."""
         steps = self.steps[slots]
-        layout = Step(self.cache, slots, steps, runs, longest)
+        layout = Step(self.cache, slots, steps, runs, longest, span, in_step)
         inputs = {"input_ids": self.tokens[slots, steps][:, None], "position_ids": (self.positions[slots] + steps).expand(3, -1)[..., None]}
         logits = self.defender.core(**inputs, attention_mask=None, layout=layout, use_cache=False).logits[:, -1]
         following = (steps + 1).clamp_max(self.sampling.max_tokens - 1)
