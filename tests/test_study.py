@@ -306,6 +306,7 @@ def test_every_step_of_tiny_study_draws_the_same_number_of_groups(monkeypatch):
 
     monkeypatch.setattr(groups_of, "_roll", roll)
     monkeypatch.setattr(groups_of, "_rollout_metrics", lambda groups: {})
+    monkeypatch.setattr(groups_of, "rollout_counters", lambda defender, groups, seconds: {})
     defender, stream = Untrained(config), groups_of.Stream(0)
     for _ in range(5):
         assert groups_of.collect(defender, Unasked(range(100)), stream).metrics["groups/drawn"] == config.prompts_per_try
