@@ -23,7 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from aot_fast.config import DefenderConfig, EngineConfig, LoraConfig
-from aot_fast.defender import attention
+from aot_fast.defender import attention, vision_attention
 from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state, zero_config
 from aot_fast.models import model_folder
 
@@ -129,6 +129,8 @@ def _from_folder(folder: Path, config: DefenderConfig, runtime: Runtime) -> PreT
     plain = "sdpa" if config.attention == "flex_attention" else config.attention  # for the vision tower, and where nothing is packed
     model = MODELS[kind].from_pretrained(folder, dtype=runtime.dtype, attn_implementation=plain, local_files_only=True)
     attention.install(model, plain)
+    if plain == "sdpa":
+        vision_attention.install(model)
     if config.liger and runtime.device.type == "cuda" and find_spec("liger_kernel"):
         _take_ligers(model, kind)
     return model
