@@ -97,7 +97,7 @@ def cpu_backward(
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of all queries [1, K, n, D] to all keys [1, K, tokens, D], and its log-sum-exps [1, K, n]; forward only."""
+    """Attention of all queries [B, K, n, D] to all keys [B, K, tokens, D], and its log-sum-exps [B, K, n]; forward only."""
     if not q.is_cuda:
         return _flash_cpu(q, k, v, scale=scale)
     if q.dtype.itemsize == 2:

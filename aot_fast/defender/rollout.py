@@ -53,6 +53,7 @@ class _Sample:
     """M-RoPE position of its first token."""
     token: Tensor  # 0-d: the first one, drawn after the prefill
     logp: Tensor  # 0-d
+    uniforms: Tensor  # [tokens] float64: what its tokens are drawn with
     slot: int = -1
 
 
@@ -131,27 +132,23 @@ class _Rollout:
         """Draw the first token of a prompt's samples from its `logits` [V]; those that end with it never need a slot."""
         count = self.sampling.num_samples
         self.groups.append([None] * count)
-        drawn = self.draws(number)[:, 0].to(self.device)
-        tokens, logps = draw(logits.expand(count, -1), drawn, self.sampling, self.banned)
+        chances = uniforms([seed_of(self.seeds[number], j) for j in range(count)], self.sampling.max_tokens).to(self.device)
+        tokens, logps = draw(logits.expand(count, -1), chances[:, 0], self.sampling, self.banned)
         over = torch.isin(tokens, self.stop) | (self.sampling.max_tokens == 1)
         for j, ended in enumerate(over.tolist()):
             if ended:
                 self.groups[number][j] = response_of(self.defender, tokens[j : j + 1].cpu(), logps[j : j + 1].cpu())
             else:
-                self.waiting.append(_Sample(number, place, j, prompt.next_position, tokens[j], logps[j]))
+                self.waiting.append(_Sample(number, place, j, prompt.next_position, tokens[j], logps[j], chances[j]))
                 self.unfinished[place] += 1
         if not self.unfinished[place]:
             self.free_places.append(place)
-
-    def draws(self, number: int) -> Tensor:
-        """[samples, tokens] uniforms of a prompt."""
-        return uniforms([seed_of(self.seeds[number], j) for j in range(self.sampling.num_samples)], self.sampling.max_tokens)
 
     def start(self, sample: _Sample) -> None:
         """Put a sample with its first token into a free slot."""
         slot = sample.slot = self.free_slots.pop()
         self.tokens[slot, 0], self.logps[slot, 0] = sample.token, sample.logp
-        self.uniforms[slot] = uniforms([seed_of(self.seeds[sample.prompt], sample.number)], self.sampling.max_tokens)[0].to(self.device)
+        self.uniforms[slot] = sample.uniforms
         self.steps[slot], self.positions[slot], self.done[slot] = 0, sample.position, False
         self.active.append(sample)
         self.active.sort(key=lambda s: (s.place, s.prompt, s.number))
