@@ -154,6 +154,8 @@ class DefenderConfig:
     after the rollout."""
     importance_cap: float = 0.0
     """Weigh each token by min(exp(trainer's - sampler's log-prob at the sampling policy), this); 0: off. Needs old_logp: recompute."""
+    cuda_graph: bool = True
+    """Replay a rollout's steps as a CUDA graph. Same results; off: the host calls every kernel of every step."""
     head_chunk_rows: int = 4096
     """Response tokens whose logits are held at once, in fp32 (4,096 of 152,064: 2.3 GiB). Changes results by rounding only."""
     loss: Literal["ppo", "gspo", "cispo"] = "ppo"

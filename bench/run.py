@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     tests = _gpu_tests() if args.device == "cuda" and not args.no_tests else ""
     print(tests, flush=True)
-    speed = _speed_of_light() if args.device == "cuda" else {}
+    speed = speed_of_light() if args.device == "cuda" else {}
     print(speed, flush=True)
     rows = []
     for case in all_cases(args.device):
@@ -128,7 +128,7 @@ def _hash(out: tuple[torch.Tensor, ...]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _speed_of_light() -> dict[str, float]:
+def speed_of_light() -> dict[str, float]:
     """Copy bandwidth (read + written) and bf16 GEMM rate of this card, now."""
     source = torch.empty(1 << 31, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)

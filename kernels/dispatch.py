@@ -29,6 +29,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "flow_step": "flow_step:flow_step_reference",
         "flow_logp": "flow_step:flow_logp_reference",
         "flow_policy_loss": "flow_policy_loss:flow_policy_loss_reference",
+        "decode_attention": "decode_attention:decode_attention_reference",
+        "rotary": "rotary:rotary_reference",
     },
     "triton": {
         "logprob": "logprob_triton:logprob_triton",
@@ -40,6 +42,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "flow_step": "flow_step_triton:flow_step_triton",
         "flow_logp": "flow_step_triton:flow_logp_triton",
         "flow_policy_loss": "flow_policy_loss_triton:flow_policy_loss_triton",
+        "decode_attention": "decode_attention_triton:decode_attention_triton",
+        "rotary": "rotary_triton:rotary_triton",
     },
     "csrc": {
         "logprob": "native:logprob_csrc",
@@ -89,7 +93,7 @@ def implementation(operator: str, *inputs: Tensor | None) -> Callable:
     given = [t for t in inputs if t is not None]
     forced = name != "auto"
     if not forced:
-        name = _by_device(given)
+        name = _by_device(given[0].device) if given else "reference"
     if name != "reference" and any(t.dtype == torch.float64 for t in given):
         name = "reference"
     elif forced and given:
@@ -103,10 +107,16 @@ def implementation(operator: str, *inputs: Tensor | None) -> Callable:
     return _load(path)
 
 
-def _by_device(given: list[Tensor]) -> str:
-    if given and given[0].is_cuda:
+def backend_on(device: torch.device) -> str:
+    """The backend in force for tensors on `device`, other than fp64."""
+    name = backend_in_force()
+    return _by_device(device) if name == "auto" else name
+
+
+def _by_device(device: torch.device) -> str:
+    if device.type == "cuda":
         return "triton" if HAS_TRITON else "reference"
-    return "csrc" if given and given[0].device.type == "cpu" and csrc_problem() is None else "reference"
+    return "csrc" if device.type == "cpu" and csrc_problem() is None else "reference"
 
 
 def _check_device(name: str, first: Tensor) -> None:

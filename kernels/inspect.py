@@ -23,6 +23,8 @@ MODULES = (
     "guidance_triton",
     "flow_step_triton",
     "flow_policy_loss_triton",
+    "decode_attention_triton",
+    "rotary_triton",
 )
 SHARED_BYTES = 232_448
 

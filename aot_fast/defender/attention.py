@@ -12,9 +12,11 @@ Shapes: T tokens of the row, A query heads, K key-value heads (A a multiple of K
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
+import aot_fast.kernels as K
 from aot_fast.defender import attention_kernels as kernels
 
 
@@ -57,12 +60,37 @@ def install(model: nn.Module, attention: str) -> None:
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[attention])
     config._attn_implementation = name
+    _fuse_rotary(sys.modules[type(model).__module__])
 
 
 @lru_cache
 def _plain_attention(attention: str) -> Callable:
     """What transformers has under this name; asked for before anything is registered in its place."""
     return eager_attention_forward if attention == "eager" else ALL_ATTENTION_FUNCTIONS[attention]
+
+
+def _fuse_rotary(modeling: ModuleType) -> None:
+    """Let the rotary embeddings of a module of transformers, of text and vision, run in one launch where Triton does."""
+    if getattr(modeling, "_aot_fast_rotary", False):
+        return
+    plain, plain_vision = modeling.apply_rotary_pos_emb, modeling.apply_rotary_pos_emb_vision
+
+    def text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        if _in_triton(q) and unsqueeze_dim == 1:
+            return K.rotary(q, k, cos, sin)
+        return plain(q, k, cos, sin, unsqueeze_dim)
+
+    def vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        if _in_triton(q):  # [patches, heads, D]
+            return tuple(x[0].transpose(0, 1) for x in K.rotary(*(x.transpose(0, 1)[None] for x in (q, k)), cos[None], sin[None]))
+        return plain_vision(q, k, cos, sin)
+
+    modeling.apply_rotary_pos_emb, modeling.apply_rotary_pos_emb_vision = text, vision
+    modeling._aot_fast_rotary = True
+
+
+def _in_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype is not torch.float64 and K.backend_on(x.device) == "triton"
 
 
 @dataclass(frozen=True)

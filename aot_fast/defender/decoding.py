@@ -18,7 +18,7 @@ from aot_fast.defender import attention_kernels as kernels
 from aot_fast.defender.attention import PackedRow
 
 ROOM = 64
-"""Prompts get room in multiples of this many tokens, responses begin with it: few buffers have to grow, none is as long as it might be."""
+"""Tokens that prompts get room for at least, and responses begin with: few buffers have to grow, none is as long as it might be."""
 
 
 class KeyValues:
@@ -31,18 +31,28 @@ class KeyValues:
         self.own: dict[int, Tensor] = {}
         """Of each layer [2, S, K, R, D]."""
         self.lengths = [0] * num_prompts
+        self.moved = 0
+        """How often a buffer of prompts had to make room elsewhere."""
 
     def put_prompt(self, layer: int, place: int, k: Tensor, v: Tensor) -> None:
         """Keep a prompt's k and v [K, tokens, D] at `place`."""
         heads, tokens, dim = k.shape
         buffer = self.prompts.get(layer)
         if buffer is None or buffer.shape[3] < tokens:
-            grown = k.new_empty(2, self.num_prompts, heads, -(-tokens // ROOM) * ROOM, dim)
+            granule = max(ROOM, 1 << tokens.bit_length() >> 3)  # an eighth of the length, or up to a fourth
+            grown = k.new_zeros(2, self.num_prompts, heads, -(-tokens // granule) * granule, dim)
             if buffer is not None:
                 grown[:, :, :, : buffer.shape[3]] = buffer
             self.prompts[layer] = buffer = grown
+            self.moved += 1
         buffer[0, place, :, :tokens], buffer[1, place, :, :tokens] = k, v
         self.lengths[place] = tokens
+
+    def own_whole(self, layer: int, k: Tensor) -> Tensor:
+        """The layer's buffer for all that responses may write: it never has to move. k: [S, K, D]."""
+        if layer not in self.own:
+            self.own[layer] = k.new_zeros(2, self.num_slots, k.shape[1], self.max_tokens, k.shape[2])
+        return self.own[layer]
 
     def put_own(self, layer: int, slots: Tensor, steps: Tensor, longest: int, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v [n, K, D] as token `steps` [n], each below `longest`, of `slots` [n]; returns the layer's buffer."""

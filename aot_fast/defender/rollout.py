@@ -1,7 +1,9 @@
 """Sampling answers: a prompt is prefilled once for its group and read once a step by all of its samples; a finished sample's slot goes to
 the next one in the queue.
 
-`defender.shared_prefix: false` takes the plain path, rollout_padded.py. Shapes: n rows being decoded, V vocabulary.
+`defender.shared_prefix: false` takes the plain path, rollout_padded.py. Where Triton runs, a step decodes every slot, with the same shapes
+each time, and is replayed as a CUDA graph (decoding_graph.py); elsewhere it decodes the slots in use.
+Shapes: n rows being decoded, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+import aot_fast.kernels as K
 from aot_fast.defender import rollout_padded
-from aot_fast.defender.attention import PackedRow
+from aot_fast.defender.attention import Layout, PackedRow
 from aot_fast.defender.decoding import KeyValues, Prefill, Step
+from aot_fast.defender.decoding_graph import Members, Replayed
 from aot_fast.defender.drawing import Response, Sampling, draw, response_of, uniforms
 from aot_fast.defender.head import rollout_logits
 from aot_fast.defender.model import Defender
@@ -55,6 +59,8 @@ class _Sample:
     logp: Tensor  # 0-d
     uniforms: Tensor  # [tokens] float64: what its tokens are drawn with
     slot: int = -1
+    started: int = 0
+    """Steps that the rollout had taken by then."""
 
 
 class _Rollout:
@@ -79,16 +85,18 @@ class _Rollout:
         self.logps = torch.zeros(shape, device=self.device)
         self.uniforms = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self.steps, self.positions = (torch.zeros(size, dtype=torch.long, device=self.device) for _ in range(2))
-        self.done = torch.zeros(size, dtype=torch.bool, device=self.device)
+        self.done = torch.ones(size, dtype=torch.bool, device=self.device)
         # Once, for a list turned into a tensor on a GPU is a synchronisation.
+        self.every = torch.arange(size, device=self.device)
         self.stop, self.banned = (torch.tensor(ids, device=self.device) for ids in (defender.stop_ids, defender.banned_ids))
 
+        self.clock = 0
+        self.members = Members(places, group, self.device) if K.backend_on(self.device) == "triton" else None
+        self.replayed = Replayed(self.step_every_slot, defender.config.cuda_graph and self.device.type == "cuda")
+
     def run(self) -> list[list[Response]]:
-        looks = 1 if self.device.type == "cpu" else STEPS_BETWEEN_LOOKS
         while self.refill():
-            rows, longest = self.rows()
-            for step in range(looks):
-                self.step(*rows, min(longest + step, self.sampling.max_tokens))
+            (self.decode_used_slots if self.members is None else self.decode_every_slot)()
             self.retire()
         return self.groups
 
@@ -150,10 +158,30 @@ class _Rollout:
         self.tokens[slot, 0], self.logps[slot, 0] = sample.token, sample.logp
         self.uniforms[slot] = sample.uniforms
         self.steps[slot], self.positions[slot], self.done[slot] = 0, sample.position, False
+        sample.started = self.clock
         self.active.append(sample)
         self.active.sort(key=lambda s: (s.place, s.prompt, s.number))
 
     # Steps
+
+    def decode_every_slot(self) -> None:
+        """Steps till the host looks again, or the last sample must have ended."""
+        self.members.put(self.active, self.cache.lengths)
+        self.replayed.depends_on(self.cache.moved)
+        longest = max(s.started for s in self.active) + self.sampling.max_tokens - 1 - self.clock
+        steps = min(STEPS_BETWEEN_LOOKS, longest)
+        for _ in range(steps):
+            self.replayed()
+        self.clock += steps
+
+    def step_every_slot(self) -> None:
+        self.advance(self.members.layout(self.cache, self.steps), self.every)
+
+    def decode_used_slots(self) -> None:
+        """One step, or on a GPU as many as till the host looks again."""
+        rows, longest = self.rows()
+        for step in range(1 if self.device.type == "cpu" else STEPS_BETWEEN_LOOKS):
+            self.step(*rows, min(longest + step, self.sampling.max_tokens))
 
     def rows(self) -> tuple[tuple[Tensor, list[tuple[int, int]], slice | None, bool], int]:
         """What Step wants of the active samples, those of a prompt together; tokens of the longest after the next step."""
@@ -167,8 +195,11 @@ class _Rollout:
 
     def step(self, slots: Tensor, runs: list[tuple[int, int]], span: slice | None, in_step: bool, longest: int) -> None:
         """One more token of every sample in `slots` that is not done."""
+        self.advance(Step(self.cache, slots, self.steps[slots], runs, longest, span, in_step), slots)
+
+    def advance(self, layout: Layout, slots: Tensor) -> None:
+        """One more token of every sample in `slots` [n] that is not done; no synchronisation."""
         steps = self.steps[slots]
-        layout = Step(self.cache, slots, steps, runs, longest, span, in_step)
         inputs = {"input_ids": self.tokens[slots, steps][:, None], "position_ids": (self.positions[slots] + steps).expand(3, -1)[..., None]}
         logits = self.defender.core(**inputs, attention_mask=None, layout=layout, use_cache=False).logits[:, -1]
         following = (steps + 1).clamp_max(self.sampling.max_tokens - 1)
@@ -177,7 +208,8 @@ class _Rollout:
         self.tokens[slots, following] = torch.where(done, self.tokens[slots, following], token)
         self.logps[slots, following] = torch.where(done, self.logps[slots, following], logp)
         self.steps[slots] = torch.where(done, steps, following)
-        self.done[slots] = done | torch.isin(token, self.stop) | (following == self.sampling.max_tokens - 1)
+        ended = (token[:, None] == self.stop).any(-1) | (following == self.sampling.max_tokens - 1)
+        self.done[slots] = done | ended
 
     def retire(self) -> None:
         """Take finished samples out of their slots."""

@@ -1,6 +1,6 @@
 """The operators of both reinforcement-learning losses, usable alone: `import aot_fast.kernels as K` needs torch only.
 
-Defender: logprob, linear_logprob, group_advantage, policy_loss, linear_policy_loss.
+Defender: logprob, linear_logprob, group_advantage, policy_loss, linear_policy_loss, decode_attention, rotary.
 Attacker: flow_step, flow_logp, flow_policy_loss, guided_velocity, flow_coefficients, philox_normal.
 Each operator's docstring has its equation, shapes and errors. `backend("reference")` or AOT_FAST_BACKEND chooses the implementation.
 
@@ -14,7 +14,8 @@ _here = Path(__file__).resolve().parent
 if not (_here / "dispatch.py").is_file():
     __path__.append(str(_here.parents[1] / "kernels"))
 
-from .dispatch import backend, backend_in_force, fallbacks  # noqa: E402
+from .decode_attention import decode_attention  # noqa: E402
+from .dispatch import backend, backend_in_force, backend_on, fallbacks  # noqa: E402
 from .flow_dynamics import FlowCoefficients, flow_coefficients  # noqa: E402
 from .flow_policy_loss import flow_policy_loss  # noqa: E402
 from .flow_step import FlowLogProb, FlowStep, flow_logp, flow_step  # noqa: E402
@@ -26,6 +27,7 @@ from .logprob import LogProb, logprob  # noqa: E402
 from .metrics import PolicyLoss, combine_metrics  # noqa: E402
 from .philox import philox4x32, philox_normal  # noqa: E402
 from .policy_loss import policy_loss  # noqa: E402
+from .rotary import rotary  # noqa: E402
 
 __all__ = [
     "Advantage",
@@ -36,7 +38,9 @@ __all__ = [
     "PolicyLoss",
     "backend",
     "backend_in_force",
+    "backend_on",
     "combine_metrics",
+    "decode_attention",
     "fallbacks",
     "flow_coefficients",
     "flow_logp",
@@ -50,4 +54,5 @@ __all__ = [
     "philox4x32",
     "philox_normal",
     "policy_loss",
+    "rotary",
 ]

@@ -106,6 +106,7 @@ def test_predicting_tokens_are_the_ones_before():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "flex_attention"])
 @pytest.mark.parametrize("name", ["ragged", "no_responses", "equal"])
 def test_packed_attention_on_a_gpu(name, attention):

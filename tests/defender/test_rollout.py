@@ -1,6 +1,7 @@
 """Sampling: a sample is its own whatever the batch, and never emits what needs an image behind it."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -53,6 +54,19 @@ def test_shared_rollout_draws_what_the_plain_one_draws(defender, slots, temperat
     got = answers_to(configured(defender, rollout_batch=slots, tokens_per_microbatch=250), examples, range(5), sampling)
     same(got, plain)
     assert temperature == 0 or 1 in lengths and len(lengths) > 3
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU: test_gpu.py")
+@pytest.mark.parametrize("slots", [2, 7, 100])
+def test_decoding_every_slot_draws_the_same(defender, slots, monkeypatch):
+    """As on a GPU: slots without a sample are decoded too, and the host looks only every few steps."""
+    examples, sampling = scene_examples(5), Sampling(3, 1.0, 1.0, 12)
+    first = answers_to(defender, examples[:1], [0], sampling)[0][0].ids[0]
+    monkeypatch.setattr(defender.core.generation_config, "eos_token_id", [int(first), *range(0, 640, 8)])
+    monkeypatch.setattr("aot_fast.defender.rollout.STEPS_BETWEEN_LOOKS", 5)
+    expected = answers_to(defender, examples, range(5), sampling)
+    with K.backend("triton"):
+        same(answers_to(configured(defender, rollout_batch=slots, tokens_per_microbatch=250), examples, range(5), sampling), expected)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])

@@ -54,3 +54,13 @@ def each_backend(request, monkeypatch, unwritten_is_nan):
         monkeypatch.setattr(torch, name, drawn_on_the_cpu(getattr(torch, name)))
     with torch.device("cuda"), K.backend("triton"):
         yield "cuda"
+
+
+@pytest.fixture(params=[b for b in BACKENDS if b != "csrc"])
+def device(request, unwritten_is_nan):
+    """Runs the test under each backend of an operator that C++ has not; its value is the device for its tensors."""
+    name = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    with K.backend("triton" if name == "cuda" else name):
+        yield "cuda" if name == "cuda" else "cpu"
