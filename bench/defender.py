@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("small", *SHAPES), default="small", help="small: 10 M parameters; 3b, 7b: the published shapes")
     parser.add_argument("--lora", type=int, default=0, help="rank; 0: full fine-tune")
     parser.add_argument("--attention", default="sdpa", help="as defender.attention")
+    parser.add_argument("--frozen-vision", action="store_true", help="train the text layers alone")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--offload", choices=("none", "optimizer", "all"), default="none")
     parser.add_argument("--row-tokens", type=int, default=1 << 20, help="most tokens of a micro-batch")
@@ -209,6 +210,7 @@ def build(work: Work, runtime) -> tuple[Defender, Prompts]:
         lora=LoraConfig(rank=args.lora),
         attention=args.attention,
         gradient_checkpointing=args.checkpointing,
+        train_vision=not args.frozen_vision,
         max_pixels=1 << 23,
         max_prompt_tokens=1 << 15,
         group_size=work.group,

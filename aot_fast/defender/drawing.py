@@ -47,8 +47,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Tensor) ->
     """
     scaled = logits.float() / (sampling.temperature or 1.0)
     logp = torch.log_softmax(scaled, -1)
-    allowed = logp.clone()
-    allowed[:, banned] = -torch.inf
+    allowed = logp.index_fill(1, banned, -torch.inf)
     if sampling.temperature == 0:
         token = allowed.argmax(-1)
     else:
