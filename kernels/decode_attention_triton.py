@@ -19,8 +19,8 @@ KEYS = 64
 """Keys a tile."""
 QUERIES = 64
 """Queries a program at most; more than that read their prompt again, out of the cache."""
-PROGRAMS = 264
-"""Programs that the splits of all prompts should make: two on each multiprocessor of a H100 or H200."""
+PROGRAMS = 132
+"""Programs that the splits of all prompts should make: one on each multiprocessor of a H100 or H200. More splits, more to put together."""
 STAGES = 3
 
 
@@ -39,7 +39,7 @@ def sizes_of(members: torch.Size, heads: int, kv_heads: int, dim: int, room: int
         "DIM": dim,
         "PAD": max(16, triton.next_power_of_2(dim)),
     }
-    return sizes | {"QUERIES": queries, "KEYS": KEYS, "SPLITS": splits}
+    return sizes | {"QUERIES": queries, "KEYS": KEYS, "SPLITS": splits, "SPLIT_PAD": triton.next_power_of_2(splits)}
 
 
 @triton.jit
@@ -65,9 +65,9 @@ def _attend(query, keys, values, first, end, highest, total, mean, scale, DIM: t
 
 @triton.jit
 def _prompt_kernel(
-    q, prompts, lengths, members, part, part_lse, scale, num_places, room,
+    q, prompts, lengths, members, part, part_lse, scale, room, values,
     GROUP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, REPEAT: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_PAD: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (GROUP * REPEAT + QUERIES - 1) // QUERIES
     place, head, split = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
@@ -82,7 +82,7 @@ def _prompt_kernel(
         query = tl.load(q + (slot * HEADS + head * REPEAT + row % REPEAT)[:, None] * DIM + lane[None, :], mask=live, other=0.0)
         base = prompts + (place * KV_HEADS + head).to(tl.int64) * room * DIM
         highest, total, mean = _attend(
-            query, base, base + num_places.to(tl.int64) * KV_HEADS * room * DIM, first, tl.minimum(first + share, length),
+            query, base, base + values, first, tl.minimum(first + share, length),
             tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES, PAD], tl.float32), scale,
             DIM, PAD, KEYS,
         )  # fmt: skip
@@ -95,9 +95,9 @@ def _prompt_kernel(
 
 @triton.jit
 def _row_kernel(
-    q, k, v, own, members, steps, part, part_lse, out, scale, num_rows, room, k_stride, v_stride,
+    q, k, v, own, members, steps, part, part_lse, out, scale, room, values, k_stride, v_stride,
     GROUP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, REPEAT: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_PAD: tl.constexpr,
 ):  # fmt: skip
     place, head = tl.program_id(0) // GROUP, tl.program_id(1)
     slot = tl.load(members + tl.program_id(0))
@@ -110,24 +110,27 @@ def _row_kernel(
         new_key = tl.load(k + slot * k_stride + head * DIM + lane, mask=lane < DIM, other=0.0)
         new_value = tl.load(v + slot * v_stride + head * DIM + lane, mask=lane < DIM, other=0.0)
         keys = own + (slot * KV_HEADS + head).to(tl.int64) * room * DIM
-        values = keys + num_rows.to(tl.int64) * KV_HEADS * room * DIM
         tl.store(keys + step * DIM + lane, new_key, mask=lane < DIM)
-        tl.store(values + step * DIM + lane, new_value, mask=lane < DIM)
+        tl.store(keys + values + step * DIM + lane, new_value, mask=lane < DIM)
         # The new token first: what was just stored is not read again.
         highest = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
         mean = tl.zeros([QUERIES, PAD], tl.float32) + new_value.to(tl.float32)[None, :]
         highest, total, mean = _attend(
-            query, keys, values, 0, step, highest, tl.full([QUERIES], 1.0, tl.float32), mean, scale, DIM, PAD, KEYS
+            query, keys, keys + values, 0, step, highest, tl.full([QUERIES], 1.0, tl.float32), mean, scale, DIM, PAD, KEYS
         )
-        for split in range(SPLITS):
-            place_of_row = ((place * KV_HEADS + head) * SPLITS + split) * (GROUP * REPEAT) + tl.program_id(0) % GROUP * REPEAT + row
-            lse = tl.load(part_lse + place_of_row, mask=row < REPEAT, other=0.0)
-            past = tl.load(part + place_of_row[:, None] * DIM + lane[None, :], mask=there, other=0.0)
-            higher = tl.maximum(highest, lse)
-            kept, added = tl.exp2(highest - higher), tl.exp2(lse - higher)
-            total = total * kept + added
-            mean = mean * kept[:, None] + past * added[:, None]
-            highest = higher
+        # All log-sum-exps first: then no split has to wait for the one before.
+        splits = tl.arange(0, SPLIT_PAD)
+        row_of_split = (place * KV_HEADS + head) * SPLITS * (GROUP * REPEAT) + tl.program_id(0) % GROUP * REPEAT + row
+        known = (splits < SPLITS)[:, None] & (row < REPEAT)[None, :]
+        lse = tl.load(part_lse + splits[:, None] * (GROUP * REPEAT) + row_of_split[None, :], mask=known, other=-1e30)
+        higher = tl.maximum(highest, tl.max(lse, 0))
+        kept = tl.exp2(highest - higher)
+        total = total * kept + tl.sum(tl.exp2(lse - higher[None, :]), 0)
+        mean = mean * kept[:, None]
+        for split in tl.range(0, SPLITS, loop_unroll_factor=4):
+            place_of_row = row_of_split + split * (GROUP * REPEAT)
+            weight = tl.exp2(tl.load(part_lse + place_of_row, mask=row < REPEAT, other=-1e30) - higher)
+            mean += tl.load(part + place_of_row[:, None] * DIM + lane[None, :], mask=there, other=0.0) * weight[:, None]
         tl.store(out + offset, mean / total[:, None], mask=there)
 
 
@@ -146,11 +149,11 @@ def _decode_attention(
     part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
     q, (k, k_stride), (v, v_stride) = q.contiguous(), _rows(k), _rows(v)
     _prompt_kernel[(places * triton.cdiv(group * repeat, queries), kv_heads, splits)](
-        q, prompts, lengths, members, part, part_lse, scale * LOG2E, places, room, **sizes, num_warps=4, num_stages=STAGES
+        q, prompts, lengths, members, part, part_lse, scale * LOG2E, room, prompts.stride(0), **sizes, num_warps=4, num_stages=STAGES
     )
     sizes["QUERIES"] = max(16, triton.next_power_of_2(repeat))
     _row_kernel[(places * group, kv_heads)](
-        q, k, v, own, members, steps, part, part_lse, out, scale * LOG2E, len(q), own.shape[3], k_stride, v_stride, **sizes,
+        q, k, v, own, members, steps, part, part_lse, out, scale * LOG2E, own.shape[3], own.stride(0), k_stride, v_stride, **sizes,
         num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     return out
@@ -177,16 +180,19 @@ def builds() -> list[Build]:
     made = []
     for name, dtype, heads, kv_heads, dim in (("3B", "bf16", 16, 2, 128), ("7B", "bf16", 28, 4, 128), ("small", "fp32", 4, 2, 32)):
         sizes = sizes_of(torch.Size((16, 8)), heads, kv_heads, dim, 5504)
-        floats = {"q": f"*{dtype}", "part": "*fp32", "part_lse": "*fp32", "scale": "fp32", "members": "*i32", "room": "i32"}
-        prompt = floats | {"prompts": f"*{dtype}", "lengths": "*i32", "num_places": "i32"}
-        row = (
-            floats
-            | {x: f"*{dtype}" for x in ("k", "v", "own", "out")}
-            | {"steps": "*i32"}
-            | {x: "i32" for x in ("num_rows", "k_stride", "v_stride")}
-        )
+        floats = {
+            "q": f"*{dtype}",
+            "part": "*fp32",
+            "part_lse": "*fp32",
+            "scale": "fp32",
+            "members": "*i32",
+            "room": "i32",
+            "values": "i32",
+        }
+        prompt = floats | {"prompts": f"*{dtype}", "lengths": "*i32"}
+        row = floats | {x: f"*{dtype}" for x in ("k", "v", "own", "out")} | {"steps": "*i32"} | {x: "i32" for x in ("k_stride", "v_stride")}
         own = sizes | {"QUERIES": max(16, triton.next_power_of_2(heads // kv_heads))}
         for part, kernel, arguments, constants in (("prompts", _prompt_kernel, prompt, sizes), ("rows", _row_kernel, row, own)):
-            multiples = frozenset({"room", "k_stride", "v_stride"} & arguments.keys())
+            multiples = frozenset({"room", "values", "k_stride", "v_stride"} & arguments.keys())
             made.append(Build(f"decode {part} {name}", kernel, arguments, constants, 4, STAGES, divisible=multiples))
     return made

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from aot_fast.defender.model import Defender
 
+BLOCK = 512
+"""Tokens of the vocabulary that are summed together."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -51,16 +54,30 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Tensor) ->
     if sampling.temperature == 0:
         token = allowed.argmax(-1)
     else:
-        # fp64: over 152,064 tokens a cumulative sum in fp32 loses the tail.
-        p = torch.softmax(allowed.double(), -1)
+        p = allowed.exp()
         if sampling.top_p < 1:
-            sorted_p, order = p.sort(-1, descending=True)
+            sorted_p, order = torch.softmax(allowed.double(), -1).sort(-1, descending=True)
             kept = sorted_p.cumsum(-1) - sorted_p < sampling.top_p
-            p = torch.zeros_like(p).scatter(-1, order, sorted_p * kept)
-        cumulative = p.cumsum(-1)
-        token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-        token = token.clamp_max(logits.shape[-1] - 1)
+            p = torch.zeros_like(p).scatter(-1, order, (sorted_p * kept).to(p.dtype))
+        token = _inverted(p, uniform)
     return token, logp.gather(-1, token[:, None])[:, 0]
+
+
+def _inverted(p: Tensor, uniform: Tensor) -> Tensor:
+    """[N] int64: where the cumulative sum of p [N, V] passes `uniform` [N] of the whole, always where p > 0.
+
+    Summed in fp64, for over 152,064 tokens a sum in fp32 loses the tail; block by block, for a running sum over all of them takes as long
+    as a layer of the model.
+    """
+    p = torch.nn.functional.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    upto = p.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, blocks]
+    wanted = uniform[:, None] * upto[:, -1:]
+    block = torch.searchsorted(upto, wanted, right=True).clamp_max(upto.shape[1] - 1)
+    before = torch.where(block > 0, upto.gather(1, (block - 1).clamp_min(0)), 0.0)
+    inside = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
+    place = torch.searchsorted(before + inside.cumsum(-1, dtype=torch.float64), wanted, right=True)
+    last = BLOCK - 1 - (inside.flip(-1) > 0).int().argmax(-1, keepdim=True)  # the two sums of a block differ by roundings
+    return (block * BLOCK + torch.minimum(place, last))[:, 0]
 
 
 def response_of(defender: Defender, ids: Tensor, logp: Tensor) -> Response:

@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from aot_fast.config import DefenderConfig, EngineConfig, LoraConfig
 from aot_fast.defender import attention, vision_attention
+from aot_fast.defender.linears import pad_vision_mlps
 from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state, zero_config
 from aot_fast.models import model_folder
 
@@ -88,8 +89,9 @@ def load_defender(config: DefenderConfig, engine: EngineConfig, runtime: Runtime
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora.rank:
-        model = _with_lora(model, config.lora)
-    if not config.train_vision:  # after LoRA, whose targets the vision tower has too
+        model = _with_lora(model, config.lora, config.train_vision)
+    _prepare_for_gpu(model, runtime)
+    if not config.train_vision:
         for name, parameter in model.named_parameters():
             if "visual." in name:
                 parameter.requires_grad_(False)
@@ -100,6 +102,7 @@ def load_defender(config: DefenderConfig, engine: EngineConfig, runtime: Runtime
 def load_frozen(folder: Path, config: DefenderConfig, runtime: Runtime) -> Defender:
     """A Defender that only answers, whole on every rank: the judge, the reference, an earlier round."""
     model = _from_folder(folder, config, runtime).to(runtime.device).eval().requires_grad_(False)
+    _prepare_for_gpu(model, runtime)
     return Defender(model, *_processors(folder, config), config, runtime)
 
 
@@ -136,6 +139,13 @@ def _from_folder(folder: Path, config: DefenderConfig, runtime: Runtime) -> PreT
     return model
 
 
+def _prepare_for_gpu(model: nn.Module, runtime: Runtime) -> None:
+    """After LoRA, which wraps layers."""
+    if runtime.device.type == "cuda" and runtime.dtype.itemsize == 2:
+        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        pad_vision_mlps(core.model.visual)
+
+
 def _take_ligers(model: PreTrainedModel, kind: str) -> None:
     """Liger's RMSNorm and SwiGLU in the modules of `model`. Not its loss, for the head is ours, nor its RoPE: as of 0.8.5 it replaces a
     function that transformers 5 never calls."""
@@ -160,14 +170,16 @@ def _processors(folder: Path, config: DefenderConfig) -> tuple[PreTrainedTokeniz
     return AutoTokenizer.from_pretrained(folder), image_processor
 
 
-def _with_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
+def _with_lora(model: nn.Module, lora: LoraConfig, vision: bool) -> nn.Module:
+    """vision: the tower, whose layers have the same names, gets adapters too."""
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 
     targets = list(lora.targets or LORA_TARGETS)
     with torch.random.fork_rng():
         torch.manual_seed(seed_of("defender", "lora"))  # the same start on every rank, whatever ran before
-        return get_peft_model(model, PeftLora(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
+        left_out = None if vision else r".*\bvisual\..*"
+        return get_peft_model(model, PeftLora(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, exclude_modules=left_out))
 
 
 def export_defender(defender: Defender, folder: Path) -> None:

@@ -23,6 +23,7 @@ from aot_fast.defender.decoding import KeyValues, Prefill, Step
 from aot_fast.defender.decoding_graph import Members, Replayed
 from aot_fast.defender.drawing import Response, Sampling, draw, response_of, uniforms
 from aot_fast.defender.head import rollout_logits
+from aot_fast.defender.linears import joined_projections
 from aot_fast.defender.model import Defender
 from aot_fast.defender.packing import prompt_inputs
 from aot_fast.defender.prompt import Prompt
@@ -40,7 +41,8 @@ def sample(defender: Defender, prompts: Iterable[Prompt], seeds: Sequence[int], 
     with torch.no_grad(), rollout_logits(defender):
         if not defender.config.shared_prefix:
             return rollout_padded.sample(defender, prompts, seeds, sampling)
-        return _Rollout(defender, prompts, seeds, sampling).run()
+        with joined_projections(defender.core.model.language_model.layers if defender.runtime.device.type == "cuda" else ()):
+            return _Rollout(defender, prompts, seeds, sampling).run()
 
 
 @dataclass(eq=False)
