@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from aot_fast.defender.attention import PackedRow
 from aot_fast.defender.model import Defender
 from aot_fast.defender.prompt import Prompt, blank_prompt
+from aot_fast.defender.vision_attention import takes_host_grids
 
 
 @dataclass(frozen=True)
@@ -117,19 +118,22 @@ def response_logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
 
 
-def pictures_of(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
+def pictures_of(defender: Defender, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """The keyword arguments of the vision tower, empty where there is no picture."""
+    device = defender.runtime.device
     if not any(len(p.grid) for p in prompts):
         return {}
     # Copied one by one: put together on the host, they would no longer lie in page-locked memory.
-    pixels, grids = ([x.to(device, non_blocking=True) for x in parts] for parts in zip(*((p.pixels, p.grid) for p in prompts)))
-    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+    pixels = [p.pixels.to(device, non_blocking=True) for p in prompts]
+    grids = torch.cat([p.grid for p in prompts])
+    host = takes_host_grids(defender.core.model.visual)
+    return {"pixel_values": torch.cat(pixels), "image_grid_thw": grids if host else grids.to(device)}
 
 
 def _inputs(defender: Defender, ids: Tensor, positions: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     device = defender.runtime.device
     inputs = {"input_ids": ids, "position_ids": positions, "mm_token_type_ids": (ids == defender.core.config.image_token_id).int()}
-    return {name: x.to(device, non_blocking=True) for name, x in inputs.items()} | pictures_of(prompts, device)
+    return {name: x.to(device, non_blocking=True) for name, x in inputs.items()} | pictures_of(defender, prompts)
 
 
 def _response_positions(prompt: Prompt, length: int) -> Tensor:

@@ -62,7 +62,7 @@ def _prefill(defender: Defender, prompts: list[Prompt], num_samples: int) -> tup
         attention_mask=mask,
         position_ids=positions,
         mm_token_type_ids=(ids == defender.core.config.image_token_id).int(),
-        **pictures_of(prompts, device),
+        **pictures_of(defender, prompts),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
