@@ -207,6 +207,14 @@ class AttackerConfig:
     """[lo, hi): the window lies inside; its start is drawn per optimizer step."""
     shared_noise: bool = True
     """Give every sample of a group the same start noise, so that the group differs only inside the window."""
+    encode_once: bool = True
+    """Encode a picture and its prompt once for the whole group, and keep the encoding. Off: for every sample."""
+    shared_prefix: bool = True
+    """With `shared_noise`, take the steps before the window once for the whole group. Off: for every sample; the same but for rounding."""
+    encoding_bytes: int = 1 << 31
+    """Host memory for encodings that may be wanted again."""
+    encoding_folder: str = ""
+    """Folder, below the run's unless absolute, where encodings are kept for later rounds, other ranks and other runs; none: in memory."""
     guidance: float = 1.0
     """True classifier-free guidance scale; 1: off."""
     negative_prompt: str = " "
@@ -220,8 +228,12 @@ class AttackerConfig:
     draw without probing, so that each of those kept is drawn 1 / probe_share times."""
     rollout_batch: int = 16
     """Samples denoised at a time on one rank."""
+    decode_batch: int = 8
+    """Pictures decoded at a time on one rank."""
     microbatch: int = 4
     """(sample, step) pairs in one forward and backward on one rank."""
+    tokens_per_microbatch: int = 0
+    """As many pairs in one forward and backward as have so many tokens (edit, reference, prompts) together; 0: `microbatch` pairs."""
     variant: Literal["grpo", "guard", "dppo", "nft"] = "grpo"
     """Flow-GRPO's loss or one of its variants; `nft` learns from what the samples came out as (aot_fast/attacker/nft.py), with dynamics
     `ode` and `window` noise levels a sample in place of recorded steps."""

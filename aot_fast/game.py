@@ -43,7 +43,7 @@ class Game:
         with self.spans("load"):
             self.train, self.heldout = open_data(config.data, folder, config.run.seed, runtime)
             self.defender: Defender = load_defender(config.defender, config.engine, runtime)
-            self.attacker: Attacker = load_attacker(config.attacker, config.engine, runtime)
+            self.attacker: Attacker = load_attacker(config.attacker, config.engine, runtime, folder)
             if config.reward.judge_model:  # a wrong path must show now, not at the first attack
                 model_folder(config.reward.judge_model, config.reward.judge_revision, "reward.judge_model")
         self.tracker = Tracker(

@@ -8,13 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL.Image import Image
 from torch import Tensor
 
-from aot_fast.attacker.model import Attacker
+from aot_fast.attacker.batching import batches
+
+if TYPE_CHECKING:
+    from aot_fast.attacker.model import Attacker
 
 SYSTEM = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), then explain "
@@ -51,6 +55,12 @@ class Encoding:
     def shapes(self) -> list[tuple[int, int, int]]:
         """`img_shapes` of one sample: frames, height, width of target and reference. Equal shapes can share a forward."""
         return [(1, *self.size), (1, *self.reference_size)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one sample in one forward, both prompts' where there is guidance."""
+        image, passes = sum(height * width for _, height, width in self.shapes), 1 if self.negative is None else 2
+        return passes * image + len(self.prompt) + (0 if self.negative is None else len(self.negative))
 
 
 def fit_size(width: int, height: int, pixels: int, unit: int) -> tuple[int, int]:
@@ -152,19 +162,23 @@ def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def decode(attacker: Attacker, latents: Sequence[Tensor], encodings: Sequence[Encoding]) -> list[Image]:
-    """The pictures of final latents ([N, 4c] each) at their encodings' target size, one at a time."""
-    return [_decode_one(attacker, unpack(x[None], encoding.size)) for x, encoding in zip(latents, encodings, strict=True)]
+    """The pictures of final latents ([N, 4c] each) at their encodings' target size, `config.decode_batch` of a size at a time."""
+    made: dict[int, Image] = {}
+    for indices in batches(range(len(latents)), attacker.config.decode_batch, lambda i: encodings[i].size):
+        together = torch.cat([unpack(latents[i][None], encodings[i].size) for i in indices])
+        made |= zip(indices, _decode(attacker, together))
+    return [made[i] for i in range(len(latents))]
 
 
-def _decode_one(attacker: Attacker, latents: Tensor) -> Image:
-    """`latents`: [1, c, h, w], normalised."""
+def _decode(attacker: Attacker, latents: Tensor) -> list[Image]:
+    """`latents`: [B, c, h, w], normalised."""
     mean, std = _statistics(attacker)
     pixels = attacker.vae.decode(latents.to(attacker.runtime.dtype)[:, :, None] * std + mean, return_dict=False)[0][:, :, 0]
-    return VaeImageProcessor(vae_scale_factor=attacker.unit).postprocess(pixels.float(), output_type="pil")[0]
+    return VaeImageProcessor(vae_scale_factor=attacker.unit).postprocess(pixels.float(), output_type="pil")
 
 
 @torch.no_grad()
 def roundtrip(attacker: Attacker, images: Sequence[Image]) -> list[Image]:
     """Each picture once through the VAE at the target resolution: what the codec alone does must not count as an attack."""
     sizes = [fit_size(*image.size, attacker.config.target_pixels, attacker.unit) for image in images]
-    return [_decode_one(attacker, image_to_latents(attacker, image.convert("RGB"), *size)) for image, size in zip(images, sizes)]
+    return [_decode(attacker, image_to_latents(attacker, image.convert("RGB"), *size))[0] for image, size in zip(images, sizes)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from aot_fast.attacker.ema import Ema
+from aot_fast.attacker.encoding_cache import Encodings
 from aot_fast.attacker.loading import find_pipeline, frozen_parts, is_plus, partitioned_transformer
 from aot_fast.attacker.still_vae import use_image_convolutions
 from aot_fast.config import AttackerConfig, EngineConfig
@@ -37,6 +39,7 @@ class Attacker:
     """Edit-Plus pipeline: numbers its pictures in the prompt."""
     runtime: Runtime
     ema: Ema | None
+    encodings: Encodings
 
     @property
     def unit(self) -> int:
@@ -48,6 +51,17 @@ class Attacker:
         """Picture pixels a latent pixel, per side."""
         return self.unit // 2
 
+    @contextmanager
+    def encoders(self) -> Iterator[None]:
+        """The text encoder where it can work; on a GPU it is there only inside, unless engine.offload_idle is off."""
+        device, leaves = self.runtime.device, self.runtime.device.type == "cuda" and self.player.limits.offload_idle
+        self.text_encoder.to(device)
+        try:
+            yield
+        finally:
+            if leaves:
+                self.text_encoder.to("cpu")
+
     def save_extra(self) -> dict[str, torch.Tensor]:
         """This rank's state that the engine's checkpoint does not hold: the EMA's shards (host tensors)."""
         return self.ema.state() if self.ema else {}
@@ -58,8 +72,11 @@ class Attacker:
             self.ema.load(state)
 
 
-def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime) -> Attacker:
-    """Load `config.model`, add LoRA if asked, and build its engine. Raises ValueError for settings or weights that cannot work."""
+def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime, run_folder: Path | None = None) -> Attacker:
+    """Load `config.model`, add LoRA if asked, and build its engine. Raises ValueError for settings or weights that cannot work.
+
+    run_folder: where a relative `config.encoding_folder` lies; None: encodings stay in memory.
+    """
     _check(config)
     folder = find_pipeline(config)
     plus = is_plus(folder)
@@ -76,7 +93,9 @@ def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime
     parts = frozen_parts(folder, runtime)
     if config.still_vae:
         use_image_convolutions(parts["vae"])
-    return Attacker(player=trainer, config=config, plus=plus, runtime=runtime, ema=ema, **parts)
+    on_disk = run_folder / config.encoding_folder if run_folder and config.encoding_folder else None
+    encodings = Encodings(config, folder, runtime.dtype, on_disk)
+    return Attacker(player=trainer, config=config, plus=plus, runtime=runtime, ema=ema, encodings=encodings, **parts)
 
 
 def _check(config: AttackerConfig) -> None:

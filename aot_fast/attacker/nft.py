@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aot_fast.attacker.batching import batches, num_pairs
 from aot_fast.attacker.encoding import Encoding
 from aot_fast.attacker.flow_grpo import ScoredGroup, group_advantages, reduced
 from aot_fast.attacker.model import Attacker
 from aot_fast.attacker.replay import blank_item
 from aot_fast.attacker.sampler import Sample, schedule
-from aot_fast.attacker.velocity import batches, velocity
+from aot_fast.attacker.velocity import velocity
 from aot_fast.engine import microbatches, seed_of
 
 
@@ -56,7 +57,11 @@ def update(attacker: Attacker, scored: Sequence[ScoredGroup]) -> dict[str, float
     count = runtime.all_reduce(torch.tensor(float(len(items)), device=runtime.device))
     if not count:
         raise ValueError("no rank has a sample to train on: every question was left out")
-    own = microbatches(runtime, batches(items, config.microbatch, lambda item: tuple(item.encoding.shapes)), 1)
+
+    def size(alike: list[Noised]) -> int:
+        return num_pairs(config, [item.encoding for item in alike])
+
+    own = microbatches(runtime, batches(items, size, lambda item: tuple(item.encoding.shapes)), 1)
     total, healthy = torch.zeros((), device=runtime.device), torch.ones((), dtype=torch.bool, device=runtime.device)
     for batch in own:
         loss = nft_loss(attacker, batch[0] if batch else [_blank(attacker)]) / count

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import aot_fast.kernels as K
+from aot_fast.attacker.batching import batches, num_pairs
 from aot_fast.attacker.encoding import Encoding
 from aot_fast.attacker.model import Attacker
 from aot_fast.attacker.sampler import TrainedStep, guided
-from aot_fast.attacker.velocity import batches, velocity
+from aot_fast.attacker.velocity import velocity
+from aot_fast.config import AttackerConfig
 from aot_fast.engine import adapter_off, microbatches
 
 
@@ -53,10 +56,15 @@ class Replayed(NamedTuple):
 
 
 def replay_batches(attacker: Attacker, items: Sequence[Item]) -> list[list[Item]]:
-    """Micro-batches of at most `config.microbatch` items of equal shape, equally many on every rank (padded with blank items)."""
-    own = batches(items, attacker.config.microbatch, lambda item: (tuple(item.encoding.shapes), item.step.velocity is None))
+    """Micro-batches of items of equal shape (velocity.num_pairs of them), equally many on every rank (padded with blank items)."""
+    size = partial(_size, attacker.config)
+    own = batches(items, size, lambda item: (tuple(item.encoding.shapes), item.step.velocity is None))
     padded = microbatches(attacker.runtime, own, 1)
     return [batch[0] if batch else [blank_item(attacker)] for batch in padded]
+
+
+def _size(config: AttackerConfig, items: Sequence[Item]) -> int:
+    return num_pairs(config, [item.encoding for item in items])
 
 
 def blank_item(attacker: Attacker) -> Item:

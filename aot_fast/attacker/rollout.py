@@ -39,13 +39,15 @@ def rollout(
     count = group_size or config.group_size
     own = [examples[i] for i in attacker.runtime.mine(len(examples))]
     prompts = [edit_prompt(example.question.question) for example in own]
-    encodings = encode(attacker, [example.image for example in own], prompts)
+    copies = 1 if config.encode_once else count
+    asked = [example.image for example in own for _ in range(copies)], [prompt for prompt in prompts for _ in range(copies)]
+    encodings = attacker.encodings(attacker, *asked) if config.encode_once else encode(attacker, *asked)
     base = (seed, "attacker", round, step)
     keys = [(*base, example.key) for example in own]
     shared = train and config.shared_noise
     starts = [seed_of(*key, "start", 0 if shared else j) for key in keys for j in range(count)]
     noises = [seed_of(*key, "noise", j) for key in keys for j in range(count)]
-    repeated = [encoding for encoding in encodings for _ in range(count)]
+    repeated = [encoding for encoding in encodings for _ in range(count // copies)]
     window = draw_window(config, *base) if train and config.dynamics != "ode" else None
     averaged = attacker.ema.applied() if attacker.ema and not train else nullcontext()
     with averaged, attacker.player.gathered():
@@ -55,6 +57,6 @@ def rollout(
     def group(i: int) -> Group:
         part = slice(i * count, (i + 1) * count)
         edits = (Edit(own[i], picture, prompts[i], noise, round) for picture, noise in zip(pictures[part], noises[part]))
-        return Group(encodings[i], tuple(samples[part]), tuple(edits), attacker.player.version)
+        return Group(repeated[i * count], tuple(samples[part]), tuple(edits), attacker.player.version)
 
     return [group(i) for i in range(len(own))]

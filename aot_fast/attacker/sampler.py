@@ -5,7 +5,7 @@ Legend: B samples, N target tokens, c latent channels, S steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,10 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_shif
 from torch import Tensor
 
 import aot_fast.kernels as K
+from aot_fast.attacker.batching import batches
 from aot_fast.attacker.encoding import Encoding
 from aot_fast.attacker.model import Attacker
-from aot_fast.attacker.velocity import Velocity, batches, velocity
+from aot_fast.attacker.velocity import Velocity, velocity
 from aot_fast.config import AttackerConfig
 from aot_fast.engine import seed_of
 
@@ -56,25 +57,42 @@ def sample(
     """One `Sample` for each encoding; call it inside `attacker.player.gathered()`.
 
     start_seeds: of the start noise; equal seeds give equal noise. step_seeds: each step's noise derives from (step seed, step).
-    window: steps [start, stop) that follow `config.dynamics`; the others, or all when it is None, are ODE steps. A sample does not
-    depend on the others or on `config.rollout_batch`, but for rounding (1e-5 in fp32).
+    window: steps [start, stop) that follow `config.dynamics`; the others, or all when it is None, are ODE steps. The ODE steps before the
+    window are taken once for samples with the same encoding and the same start noise (`config.shared_prefix`). A sample does not depend on
+    the others or on `config.rollout_batch`, but for rounding (1e-5 in fp32).
     """
+    first, last = window if window and attacker.config.dynamics != "ode" else (0, 0)
+    starts = list(zip(map(id, encodings), start_seeds)) if attacker.config.shared_prefix and first else list(range(len(encodings)))
+    owners = {start: i for i, start in reversed(list(enumerate(starts)))}  # the first sample that starts so
+    begun: dict[int, Tensor] = {}
+    for indices in _alike(attacker, encodings, owners.values()):
+        picked = [encodings[i] for i in indices]
+        x = start_noise(attacker, picked[0], [start_seeds[i] for i in indices])
+        begun |= zip(indices, _denoise(attacker, picked, x, [], range(first), (0, 0))[0])
     made: list[Sample | None] = [None] * len(encodings)
-    for indices in batches(range(len(encodings)), attacker.config.rollout_batch, lambda i: tuple(encodings[i].shapes)):
-        picked = ([values[i] for i in indices] for values in (encodings, start_seeds, step_seeds))
-        for i, result in zip(indices, _sample_batch(attacker, *picked, window)):
-            made[i] = result
+    for indices in _alike(attacker, encodings, range(len(encodings))):
+        x = torch.stack([begun[owners[starts[i]]] for i in indices])
+        picked = ([values[i] for i in indices] for values in (encodings, step_seeds))
+        steps = range(first, attacker.config.num_steps)
+        x, records = _denoise(attacker, next(picked), x, next(picked), steps, (first, last))
+        for i, latents, recorded in zip(indices, x, zip(*records) if records else [()] * len(x)):
+            made[i] = Sample(latents, tuple(recorded))
     return made
 
 
-def _sample_batch(attacker: Attacker, encodings, start_seeds, step_seeds, window) -> list[Sample]:
+def _alike(attacker: Attacker, encodings: Sequence[Encoding], indices: Iterable[int]) -> list[list[int]]:
+    return batches(list(indices), attacker.config.rollout_batch, lambda i: tuple(encodings[i].shapes))
+
+
+def _denoise(
+    attacker: Attacker, encodings: Sequence[Encoding], x: Tensor, step_seeds: Sequence[int], steps: range, window: tuple[int, int]
+) -> tuple[Tensor, list[list[TrainedStep]]]:
+    """x [B, N, 4c] after `steps`, and of each step inside the window what is recorded of every sample."""
     config = attacker.config
-    first, last = window if window and config.dynamics != "ode" else (0, 0)
-    x = start_noise(attacker, encodings[0], start_seeds)  # [B, N, 4c]
     sigmas = schedule(attacker, x.shape[1])
     records: list[list[TrainedStep]] = []
-    for k in range(config.num_steps):
-        stochastic = first <= k < last
+    for k in steps:
+        stochastic = window[0] <= k < window[1]
         now = velocity(attacker.player.module, encodings, x, [sigmas[k]] * len(x), config.guidance > 1)
         step = K.flow_step(
             x,
@@ -94,7 +112,7 @@ def _sample_batch(attacker: Attacker, encodings, start_seeds, step_seeds, window
             old = guided(now, config) if config.variant in ("guard", "dppo") else [None] * len(x)
             records.append([TrainedStep(*tensors, *levels, *rest) for *tensors, rest in zip(x, step.x_next, zip(step.logp, old))])
         x = step.x_next
-    return [Sample(latents, tuple(steps)) for latents, steps in zip(x, zip(*records) if records else [()] * len(x))]
+    return x, records
 
 
 def guided(now: Velocity, config: AttackerConfig) -> Tensor:

@@ -5,15 +5,13 @@ Legend: B pairs, N target tokens, M reference tokens, T prompt tokens (padded), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aot_fast.attacker.encoding import Encoding
-
-T = TypeVar("T")
 
 
 class Velocity(NamedTuple):
@@ -55,11 +53,3 @@ def pad_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return padded, None
     positions = torch.arange(padded.shape[1], device=padded.device)
     return padded, positions[None] < torch.tensor(lengths, device=padded.device)[:, None]
-
-
-def batches(items: Sequence[T], size: int, key: Callable[[T], Hashable]) -> list[list[T]]:
-    """Split into batches of at most `size` items with equal `key`, in order of first appearance: only equal shapes share a forward."""
-    buckets: dict[Hashable, list[T]] = {}
-    for item in items:
-        buckets.setdefault(key(item), []).append(item)
-    return [bucket[i : i + size] for bucket in buckets.values() for i in range(0, len(bucket), size)]

@@ -1,0 +1,319 @@
+"""The Attacker's step, sampling to optimizer, with what it does once for a group against the plain path, in one run.
+
+    python bench/attacker.py --json bench/results/cpu/attacker.json
+    python bench/attacker.py --plan
+
+The bundled small pipeline, a real DeepSpeed ZeRO-3 engine of one process. Both sides do the same work: same pictures, window, reference
+size and guidance, the same samples and gradients (compared before anything is timed; no ratio is given where they differ); rewards are
+given, for a Defender's answers cost both the same. A ratio is one of medians of steps that take turns. Each lever's factor is the time with
+that lever off over the time with all on. `recipe` is other work: it is stated as operations and seconds, not as a speed-up. --plan counts
+the operations of an epoch of 512 images at Qwen-Image-Edit's true shape, without running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from run import machine  # noqa: E402
+from timing import peak_bytes, synchronize  # noqa: E402
+
+from aot_fast.attacker import flops  # noqa: E402
+from aot_fast.attacker.encoding_cache import Encodings  # noqa: E402
+from aot_fast.attacker.flow_grpo import ScoredGroup, update  # noqa: E402
+from aot_fast.attacker.model import Attacker, load_attacker  # noqa: E402
+from aot_fast.attacker.rollout import Group, rollout  # noqa: E402
+from aot_fast.attacker.sampler import draw_window  # noqa: E402
+from aot_fast.config import AttackerConfig, EngineConfig, LoraConfig, OptimizerConfig, RunConfig  # noqa: E402
+from aot_fast.data.schema import Example, Question, Verdict  # noqa: E402
+from aot_fast.engine import close_runtime, open_runtime  # noqa: E402
+from aot_fast.models import model_folder  # noqa: E402
+from aot_fast.settings import load  # noqa: E402
+
+TOLERANCE = 1e-5
+"""Norm-relative difference of gradients in fp32 that only the order of sums may make (tests/attacker/test_attacker_speed.py)."""
+
+LEVERS = {
+    "encode_once": {"encode_once": False},
+    "shared_prefix": {"shared_prefix": False},
+    "batched_decode": {"decode_batch": 1},
+    "batched_replay": {"tokens_per_microbatch": 0},  # then a micro-batch is a group's samples at one step
+}
+"""What each lever's absence is."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", action="store_true", help="count the operations of an epoch; runs nothing")
+    parser.add_argument("--group", type=int, default=8, help="samples a prompt")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts a step")
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps")
+    parser.add_argument("--window", type=int, default=3, help="stochastic, trained steps")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--json", type=Path, default=None, help="file for the result")
+    parser.add_argument("--commit", default="", help="written into the result; default: git's word")
+    args = parser.parse_args()
+    if args.plan:
+        print(plan())
+        return
+    runtime = open_runtime(EngineConfig(), RunConfig(threads=args.threads))
+    attacker = load_attacker(config_of(args), EngineConfig(), runtime)
+    disturb(attacker)
+    asked = questions(args.prompts)
+    result = {"command": shlex.join(["python", "bench/attacker.py", *sys.argv[1:]]), "machine": machine(runtime.device.type, args.commit)}
+    result |= {"threads": torch.get_num_threads(), "work": vars(args) | {"json": str(args.json)}}
+    result |= compare_steps(attacker, asked, args.repeats) | compare_recipes(attacker, asked, args.repeats)
+    print(json.dumps({name: value for name, value in result.items() if name not in ("raw", "machine", "work")}, indent=1))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    close_runtime()
+
+
+def config_of(args: argparse.Namespace) -> AttackerConfig:
+    """All levers on."""
+    return AttackerConfig(
+        model="asset:tiny/attacker",
+        lora=LoraConfig(rank=16, alpha=32),
+        optimizer=OptimizerConfig(lr=1e-9),  # so that all steps are taken by the same weights
+        target_pixels=64 * 64,
+        reference_pixels=64 * 64,
+        condition_pixels=64 * 64,
+        num_steps=args.steps,
+        window=args.window,
+        window_range=(0, args.window + 2),
+        group_size=args.group,
+        prompts_per_step=args.prompts,
+        rollout_batch=args.group * args.prompts,
+        microbatch=args.group,
+        tokens_per_microbatch=1 << 14,
+    )
+
+
+def disturb(attacker: Attacker) -> None:
+    """Adapters that do something: fresh ones are zero, and half of their gradient with them."""
+    import deepspeed
+
+    trained = [p for p in attacker.player.module.parameters() if p.requires_grad]
+    made = torch.Generator().manual_seed(0)
+    with deepspeed.zero.GatheredParameters(trained, modifier_rank=0), torch.no_grad():
+        for parameter in trained:
+            parameter += 0.02 * torch.randn(parameter.shape, generator=made).to(parameter.device)
+
+
+def questions(count: int) -> list[Example]:
+    """About coloured tiles."""
+    made = torch.Generator().manual_seed(0)
+    tiles = torch.randint(0, 255, (count, 6, 6, 3), generator=made, dtype=torch.uint8)
+    images = [Image.fromarray(t.numpy()).resize((64, 64), Image.Resampling.NEAREST) for t in tiles]
+    return [Example(Question(str(i), f"{i}.png", f"How many red circles are there? {i}", "0"), image) for i, image in enumerate(images)]
+
+
+# The same work
+
+
+def compare_steps(attacker: Attacker, asked: list[Example], repeats: int) -> dict[str, object]:
+    """Whole steps with all levers on, with all off, and with each off."""
+    off = {name: value for changes in LEVERS.values() for name, value in changes.items()}
+    players = {"fast": attacker, "plain": changed(attacker, **off)}
+    players |= {f"without_{name}": changed(attacker, **changes) for name, changes in LEVERS.items()}
+    found = {name: gradients_of(player, asked, turn=1) for name, player in players.items()}
+    norm = torch.linalg.vector_norm(found["plain"])
+    difference = max(float((found[name] - found["plain"]).norm() / norm) for name in players)
+    agree = difference < TOLERANCE
+    stages: dict[str, list[dict[str, float]]] = {name: [] for name in players}
+    for turn in range(repeats + 1):
+        for name, player in players.items():
+            seconds = step(player, asked, turn)
+            stages[name] += [seconds] if turn else []
+    memory = {name: peak_bytes(lambda p=players[name]: step(p, asked, 1), attacker.runtime.device.type) for name in ("fast", "plain")}
+    median = {name: statistics.median(sum(s.values()) for s in times) for name, times in stages.items()}
+    return {
+        "gradient_difference": difference,
+        "step_speedup": median["plain"] / median["fast"] if agree else None,
+        "memory_ratio": memory["fast"] / memory["plain"],
+        "levers": {name: median[f"without_{name}"] / median["fast"] if agree else None for name in LEVERS},
+        "seconds": {
+            name: {stage: statistics.median(s[stage] for s in stages[name]) for stage in stages[name][0]} for name in ("fast", "plain")
+        },
+        "images_per_s": len(asked) * attacker.config.group_size / median["fast"],
+        "raw": {"seconds": stages, "peak_bytes": memory},
+    }
+
+
+def changed(attacker: Attacker, **changes: object) -> Attacker:
+    return replace(attacker, config=replace(attacker.config, **changes))
+
+
+def step(attacker: Attacker, asked: list[Example], turn: int, take: Callable[[], None] | None = None) -> dict[str, float]:
+    """Seconds of sampling and of the update. No encoding is known from a step before."""
+    attacker.encodings = Encodings(attacker.config, model_folder(attacker.config.model, "", "model"), attacker.runtime.dtype)
+    device = attacker.runtime.device.type
+    synchronize(device)
+    start = time.perf_counter()
+    groups = rollout(attacker, asked, seed=0, round=1, step=turn)
+    synchronize(device)
+    between = time.perf_counter()
+    update(attacker, [rewarded(group) for group in groups])
+    synchronize(device)
+    return {"rollout": between - start, "update": time.perf_counter() - between}
+
+
+def rewarded(group: Group) -> ScoredGroup:
+    """Rewards that differ inside the group."""
+    rewards = [((7 * j) % 5) / 4 for j in range(len(group.edits))]
+    return ScoredGroup(
+        group, tuple(Verdict(e.example.question.id, "", 0, 1, (1.0,), 1.0, 1.0, r, (), r, True) for e, r in zip(group.edits, rewards))
+    )
+
+
+def gradients_of(attacker: Attacker, asked: list[Example], turn: int) -> torch.Tensor:
+    """The whole gradient of a step that is not applied, as one vector."""
+    from deepspeed.utils import safe_get_full_grad
+
+    player, made = attacker.player, []
+    apply = player.step
+
+    def keep(healthy):
+        made.extend(safe_get_full_grad(p).float().flatten().clone() for p in player.module.parameters() if p.requires_grad)
+        return apply(healthy=False)
+
+    player.step = keep
+    step(attacker, asked, turn)
+    player.step = apply
+    player.bad_steps = 0
+    return torch.cat(made)
+
+
+# Other work
+
+
+def compare_recipes(attacker: Attacker, asked: list[Example], repeats: int) -> dict[str, object]:
+    """The published recipe's settings, scaled down: guidance, a reference of four times the area, every step but the last trained."""
+    config = attacker.config
+    published = changed(
+        attacker,
+        guidance=4.0,
+        reference_pixels=4 * config.target_pixels,
+        window=config.num_steps - 1,
+        window_range=(0, config.num_steps - 1),
+        encode_once=False,
+        shared_prefix=False,
+        tokens_per_microbatch=0,
+    )
+    players = {"ours": attacker, "published": published}
+    seconds: dict[str, list[float]] = {name: [] for name in players}
+    for turn in range(max(2, repeats // 2) + 1):
+        for name, player in players.items():
+            taken = sum(step(player, asked, turn).values())
+            seconds[name] += [taken] if turn else []
+    counted = {name: operations(player, asked) for name, player in players.items()}
+    return {
+        "recipe": {
+            "operations": counted,
+            "operations_saved": counted["published"] / counted["ours"],
+            "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        }
+    }
+
+
+def operations(attacker: Attacker, asked: list[Example]) -> int:
+    """Of the transformer in the turns timed."""
+    config = attacker.config
+    [encoding] = attacker.encodings(attacker, [asked[0].image], ["Add a cat"])
+    image = [height * width for _, height, width in encoding.shapes]
+    tokens = flops.Tokens(*image, len(encoding.prompt), 0 if encoding.negative is None else len(encoding.negative))
+    starts = [draw_window(config, 0, "attacker", 1, turn)[0] for turn in range(1, 6)]
+    before = sum(starts) / len(starts) if config.shared_prefix else 0.0
+    work = flops.Work(len(asked), config.group_size, tokens, config.num_steps - before, before, config.window, True, False)
+    return flops.step_flops(attacker.player.module.config, work).total
+
+
+# Plan
+
+TRUE_SHAPE = {
+    "num_layers": 60,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 3584,
+    "in_channels": 64,
+    "out_channels": 16,
+    "patch_size": 2,
+}
+"""Qwen-Image-Edit's transformer."""
+WORDS = 60
+"""Tokens of a prompt's own words and of what the template adds after its system turn."""
+IMAGES = 512
+
+
+def plan() -> str:
+    """Operations of one epoch of 512 images under three recipes."""
+    ours = load("paper_8gpu").attacker
+    rows = {
+        # flow_grpo's edit recipe: the reference and the encoder's picture at 1024^2, guidance, 10 steps of which it trains 9.
+        "flow_grpo, published": recipe(1024**2, 1024**2, guided=True, steps=10, trained=9, shared=0.0, group=16, each_encoded=True),
+        "paper_8gpu with guidance": planned(ours, guided=True),
+        "paper_8gpu": planned(ours, guided=False),
+    }
+    first = rows["flow_grpo, published"]
+    lines = [f"{'EFLOP an epoch of 512 images, 512^2':36s}{'sampling':>10s}{'update':>10s}{'recomputed':>12s}{'all':>8s}{'fewer':>8s}"]
+    for name, done in rows.items():
+        whole = done.total + done.recomputed
+        values = [f"{x / 1e18:.2f}" for x in (done.encode + done.denoise + done.decode, done.update, done.recomputed, whole)]
+        times = (first.total + first.recomputed) / whole
+        lines.append(f"{name:36s}{values[0]:>10s}{values[1]:>10s}{values[2]:>12s}{values[3]:>8s}{times:7.1f}x")
+    return "\n".join(lines)
+
+
+def planned(config: AttackerConfig, guided: bool) -> flops.StepFlops:
+    low, high = config.window_range
+    before = (high - config.window - low) / 2 + low  # of a window that starts anywhere in its range
+    areas = config.reference_pixels, config.condition_pixels
+    return recipe(*areas, guided, config.num_steps, config.window, before, config.group_size, each_encoded=False)
+
+
+def recipe(
+    reference: int, condition: int, guided: bool, steps: int, trained: int, shared: float, group: int, each_encoded: bool
+) -> flops.StepFlops:
+    text = condition // 28**2 + WORDS
+    tokens = flops.Tokens(512**2 // 16**2, reference // 16**2, text, text if guided else 0)
+    work = flops.Work(IMAGES // group, group, tokens, steps - shared, shared, trained, True, True, False, IMAGES if each_encoded else 0)
+    side = int(condition**0.5) // 28 * 28
+    encoder = flops.text_encoder_flops(encoder_config(), (side, side), text + 64) * (2 if guided else 1)
+    vae = json.dumps(
+        {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+    )
+    still = not each_encoded  # the published recipe runs the video VAE as it is
+    wide = int(reference**0.5)
+    encoding = encoder + flops.vae_flops(vae, wide, wide, True, still)
+    return flops.step_flops(TRUE_SHAPE, work, encoding, flops.vae_flops(vae, 512, 512, False, still))
+
+
+def encoder_config():
+    """Qwen2.5-VL-7B."""
+    from transformers import Qwen2_5_VLConfig
+
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584, "patch_size": 14}
+    return Qwen2_5_VLConfig(
+        text_config=text | {"vocab_size": 152_064, "rope_parameters": rope},
+        vision_config=vision | {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
+    )
+
+
+if __name__ == "__main__":
+    main()

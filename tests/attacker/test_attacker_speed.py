@@ -1,0 +1,146 @@
+"""What makes the Attacker fast changes nothing: shared prefixes, kept encodings, full micro-batches. Its operations are counted right."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from aot_fast.attacker import flops
+from aot_fast.attacker.encoding import encode
+from aot_fast.attacker.encoding_cache import Encodings
+from aot_fast.attacker.replay import Item, replay_batches
+from aot_fast.attacker.rollout import rollout
+from tests.attacker.rollouts import examples, gradients, scored
+from tests.attacker.tiny_pipeline import LORA, TRANSFORMER, picture
+
+PLACE = {"seed": 0, "round": 1, "step": 0}
+
+
+def far(one, other):
+    return float((one - other).norm() / other.norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_steps_before_the_window_are_taken_once_for_a_group(guidance, base_config, load, monkeypatch):
+    """The window starts at step 2 of 4. Two pictures of different sizes, so that a prefix must not be another group's."""
+    attacker = load(replace(base_config, window=1, window_range=(2, 3), guidance=guidance, lora=LORA), seed=1)
+    plain = replace(attacker, config=replace(attacker.config, shared_prefix=False))
+    rows = []
+    forward = attacker.player.module.forward
+
+    def counted(*, hidden_states, **rest):
+        rows.append(len(hidden_states))
+        return forward(hidden_states=hidden_states, **rest)
+
+    monkeypatch.setattr(attacker.player.module, "forward", counted)
+    made = {}
+    for name, player in (("shared", attacker), ("plain", plain)):
+        rows.clear()
+        groups = rollout(player, examples(2), **PLACE)
+        made[name] = [s for g in groups for s in g.samples], sum(rows) // (2 if guidance > 1 else 1)
+        assert all(len(g.samples) == 4 for g in groups)
+    for ours, theirs in zip(made["shared"][0], made["plain"][0], strict=True):
+        # Prefixes in another batch round otherwise: a few units of 2^-24 a step.
+        assert far(ours.latents, theirs.latents) < 1e-5 and abs(ours.steps[0].logp - theirs.steps[0].logp) < 1e-5
+    assert made["plain"][1] == 8 * 4 and made["shared"][1] == 2 * 2 + 8 * 2
+
+
+def test_gradients_are_those_of_the_plain_path(base_config, load):
+    """Encodings, prefix and replay for every sample and step by itself, against all at once."""
+    attacker = load(replace(base_config, window=2, window_range=(1, 3), lora=LORA, rollout_batch=8, tokens_per_microbatch=4096), seed=1)
+    plain = replace(
+        attacker, config=replace(attacker.config, encode_once=False, shared_prefix=False, tokens_per_microbatch=0, microbatch=1)
+    )
+    found = [gradients(player, scored(rollout(player, examples(2), **PLACE)))[1] for player in (attacker, plain)]
+    norm = torch.cat([x.flatten() for x in found[1].values()]).norm()
+    assert norm > 0 and max(float((found[0][name] - x).norm() / norm) for name, x in found[1].items()) < 1e-5
+
+
+def test_microbatches_are_filled_to_their_tokens(base_config, load):
+    attacker = load(replace(base_config, lora=LORA, tokens_per_microbatch=1100))
+    groups = rollout(attacker, examples(1), **PLACE)
+    items = [Item(g.encoding, step, torch.zeros(())) for g in groups for s in g.samples for step in s.steps]
+    each = items[0].encoding.num_tokens
+    sizes = [len(batch) for batch in replay_batches(attacker, items)]
+    assert each == 64 + 64 + len(items[0].encoding.prompt) and max(sizes) == 1100 // each > 1 and sum(sizes) == len(items)
+
+
+# Kept encodings
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("prompt", "reference")) and (
+        one.shapes,
+        one.height,
+        one.width,
+    ) == (other.shapes, other.height, other.width)
+
+
+def test_kept_encodings_are_the_fresh_ones(base_config, load, folders, tmp_path):
+    attacker = load(replace(base_config, guidance=2.0))
+    images, prompts = [picture(0), picture(1, (96, 64)), picture(0)], ["Add a cat", "Add a dog", "Add a cat"]
+    fresh = encode(attacker, images, prompts)
+    kept = Encodings(attacker.config, folders["edit"], attacker.runtime.dtype, tmp_path)
+    for number_made, number_found in ((2, 0), (2, 2)):
+        got = kept(attacker, images, prompts)
+        assert all(map(same, got, fresh)) and got[0] is got[2] and torch.equal(got[1].negative, fresh[1].negative)
+        assert (kept.num_made, kept.num_found) == (number_made, number_found)
+    another = Encodings(attacker.config, folders["edit"], attacker.runtime.dtype, tmp_path)  # another rank, or the next run
+    assert all(map(same, another(attacker, images, prompts), fresh)) and (another.num_made, another.num_found) == (0, 2)
+    cut = next(tmp_path.rglob("*.safetensors"))
+    cut.write_bytes(cut.read_bytes()[:-100])
+    repaired = Encodings(attacker.config, folders["edit"], attacker.runtime.dtype, tmp_path)
+    assert all(map(same, repaired(attacker, images, prompts), fresh)) and (repaired.num_made, repaired.num_found) == (1, 1)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
+
+
+@pytest.mark.parametrize("changes", [{"condition_pixels": 32 * 32}, {"reference_pixels": 32 * 32}, {"guidance": 3.0}, {"still_vae": False}])
+def test_other_settings_make_other_encodings(changes, base_config, load, folders):
+    attacker = load(base_config)
+    keys = {
+        Encodings(replace(attacker.config, **some), folders["edit"], torch.float32).key(picture(0), "Add a cat") for some in ({}, changes)
+    }
+    assert len(keys) == 2
+
+
+def test_memory_for_encodings_is_bounded(base_config, load, folders):
+    attacker = load(base_config)
+    size = sum(x.nbytes for x in (lambda e: (e.prompt, e.reference))(encode(attacker, [picture(0)], ["Add a cat"])[0]))
+    kept = Encodings(replace(attacker.config, encoding_bytes=int(2.5 * size)), folders["edit"], torch.float32)
+    for i in (0, 1, 2, 2, 0):
+        kept(attacker, [picture(i)], ["Add a cat"])
+    assert (kept.num_made, kept.num_found) == (4, 1)  # the first was given up for the third
+
+
+# Counters
+
+
+def test_operations_are_what_torch_counts():
+    from diffusers import QwenImageTransformer2DModel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = QwenImageTransformer2DModel(**TRANSFORMER)
+    inputs = {"hidden_states": torch.randn(1, 64 + 36, 64), "encoder_hidden_states": torch.randn(1, 21, 32)}
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(**inputs, timestep=torch.tensor([0.5]), encoder_hidden_states_mask=None, img_shapes=[[(1, 8, 8), (1, 6, 6)]])
+    width, blocks = 64, TRANSFORMER["num_layers"]
+    modulation = 2 * (blocks * 2 * 6 * width**2 + 256 * width + width**2 + 2 * width**2)  # of the time, once a sample: not counted
+    assert counter.get_total_flops() - modulation == flops.forward_flops(model.config, flops.Tokens(64, 36, 21)).total
+
+
+def test_a_steps_operations_add_up():
+    tokens, settings = flops.Tokens(64, 36, 21, 9), dict(TRANSFORMER, in_channels=64, out_channels=16, patch_size=2)
+    one = flops.forward_flops(settings, tokens)
+    assert one.total == sum(flops.forward_flops(settings, flops.Tokens(64, 36, n)).total for n in (21, 9))
+    work = flops.Work(3, 8, tokens, steps=9, shared_steps=1, trained_steps=2, lora=True, checkpointing=True, reference_pass=True)
+    done = flops.step_flops(settings, work, encoding=5, decoding=7)
+    assert done.encode == 15 and done.decode == 24 * 7 and done.denoise == (24 * 9 + 3) * one.total
+    assert done.update == 48 * (3 * one.linear + 4 * one.attention) and done.recomputed == 48 * one.total
+
+
+def test_the_vaes_operations_depend_on_its_convolutions():
+    settings = dict(base_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True])
+    whole, still = (flops.vae_flops(json.dumps(settings), 64, 64, True, still) for still in (False, True))
+    assert 2 < whole / still < 3.1  # of three time slices one is left, and attention has none
