@@ -64,3 +64,8 @@ def test_averaged_weights_are_used_and_taken_back(worlds):
         assert all(torch.equal(after[name], restored[name]) for name in after)
         assert any(not torch.equal(after[name], averages[name]) for name in after)
     assert len(worlds[0]["averaged_edits"]) == 2
+
+
+def test_ranks_with_unequally_many_groups_do_not_wait_for_each_other(torchrun, folders):
+    out = torchrun(2, "-m", "tests.attacker.unequal_groups", str(folders["edit"]))
+    assert out.strip().endswith("came through")
