@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 
 from aot_fast.attacker import flow_grpo, nft
+from aot_fast.attacker.counters import counters
 from aot_fast.attacker.model import export_attacker
 from aot_fast.attacker.rollout import rollout
 from aot_fast.config import Config
@@ -60,7 +62,9 @@ def train_attacker(game: Game, questions: Pictures) -> None:
         with game.spans("attack/reward"), defender.whole():  # only now: the two players are never whole at the same time
             scored = flow_grpo.judged(groups, config.reward, answerer(defender), judge_of(game), likelihood(defender))
         with game.spans("attack/update"):
+            start = time.perf_counter()
             metrics = (nft if config.attacker.variant == "nft" else flow_grpo).update(attacker, scored)
+            metrics |= counters(attacker, groups, time.perf_counter() - start)  # the step has just waited for the device
         game.advance([metrics])
     defender.player.reload()
 

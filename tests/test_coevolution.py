@@ -37,7 +37,7 @@ def play(folder, *more, ranks=2, name="run"):
 
 def rows_of(folder, name="run"):
     """Rows of metrics.jsonl without what the clock decides."""
-    clock = ("seconds", "wall_time", "tokens_per_s", "mfu")
+    clock = ("seconds", "wall_time", "tokens_per_s", "images_per_s", "mfu")
     return [{k: v for k, v in row.items() if k.split("/")[-1] not in clock} for row in read_rows(folder / name / "metrics.jsonl")]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aot_fast.attacker.counters import Stopwatch
 from aot_fast.attacker.ema import Ema
 from aot_fast.attacker.encoding_cache import Encodings
 from aot_fast.attacker.loading import find_pipeline, frozen_parts, is_plus, partitioned_transformer
@@ -40,6 +41,8 @@ class Attacker:
     runtime: Runtime
     ema: Ema | None
     encodings: Encodings
+    stopwatch: Stopwatch
+    """Of the last rollout: encode, denoise, decode."""
 
     @property
     def unit(self) -> int:
@@ -95,7 +98,16 @@ def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime
         use_image_convolutions(parts["vae"])
     on_disk = run_folder / config.encoding_folder if run_folder and config.encoding_folder else None
     encodings = Encodings(config, folder, runtime.dtype, on_disk)
-    return Attacker(player=trainer, config=config, plus=plus, runtime=runtime, ema=ema, encodings=encodings, **parts)
+    return Attacker(
+        player=trainer,
+        config=config,
+        plus=plus,
+        runtime=runtime,
+        ema=ema,
+        encodings=encodings,
+        stopwatch=Stopwatch(runtime.device),
+        **parts,
+    )
 
 
 def _check(config: AttackerConfig) -> None:

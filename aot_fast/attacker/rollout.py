@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from aot_fast.attacker.counters import Stopwatch
 from aot_fast.attacker.encoding import Encoding, decode, encode
 from aot_fast.attacker.model import Attacker
 from aot_fast.attacker.reward import Edit
@@ -24,6 +25,8 @@ class Group:
     """The samples' pictures, in the same order."""
     version: int
     """The Attacker's version (optimizer steps) that made them."""
+    shared_steps: int = 0
+    """Denoising steps that were taken once for the group."""
 
 
 def rollout(
@@ -41,7 +44,9 @@ def rollout(
     prompts = [edit_prompt(example.question.question) for example in own]
     copies = 1 if config.encode_once else count
     asked = [example.image for example in own for _ in range(copies)], [prompt for prompt in prompts for _ in range(copies)]
+    attacker.stopwatch = watch = Stopwatch(attacker.runtime.device)
     encodings = attacker.encodings(attacker, *asked) if config.encode_once else encode(attacker, *asked)
+    watch.mark("encode")
     base = (seed, "attacker", round, step)
     keys = [(*base, example.key) for example in own]
     shared = train and config.shared_noise
@@ -52,11 +57,15 @@ def rollout(
     averaged = attacker.ema.applied() if attacker.ema and not train else nullcontext()
     with averaged, attacker.player.gathered():
         samples = sample(attacker, repeated, starts, noises, window)
+    watch.mark("denoise")
     pictures = decode(attacker, [made.latents for made in samples], repeated)
+
+    watch.mark("decode")
+    shared_steps = window[0] if window and shared and config.shared_prefix and config.encode_once else 0
 
     def group(i: int) -> Group:
         part = slice(i * count, (i + 1) * count)
         edits = (Edit(own[i], picture, prompts[i], noise, round) for picture, noise in zip(pictures[part], noises[part]))
-        return Group(repeated[i * count], tuple(samples[part]), tuple(edits), attacker.player.version)
+        return Group(repeated[i * count], tuple(samples[part]), tuple(edits), attacker.player.version, shared_steps)
 
     return [group(i) for i in range(len(own))]

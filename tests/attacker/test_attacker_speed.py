@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from aot_fast.attacker import flops
+from aot_fast.attacker.counters import counters, tokens_of
 from aot_fast.attacker.encoding import encode
 from aot_fast.attacker.encoding_cache import Encodings
 from aot_fast.attacker.replay import Item, replay_batches
@@ -138,6 +139,18 @@ def test_a_steps_operations_add_up():
     done = flops.step_flops(settings, work, encoding=5, decoding=7)
     assert done.encode == 15 and done.decode == 24 * 7 and done.denoise == (24 * 9 + 3) * one.total
     assert done.update == 48 * (3 * one.linear + 4 * one.attention) and done.recomputed == 48 * one.total
+
+
+def test_counters_of_a_step(base_config, load):
+    """Two groups of different sizes; the window starts at step 1 of 4, and two of its steps are trained."""
+    attacker = load(replace(base_config, window=2, window_range=(1, 3), lora=LORA))
+    groups = rollout(attacker, examples(2), **PLACE)
+    counted = counters(attacker, groups, update_seconds=2.0)
+    one = [flops.forward_flops(attacker.player.module.config, tokens_of(g)) for g in groups]
+    assert counted["rollout/tflop"] == pytest.approx(sum(f.total * (4 * 3 + 1) for f in one) / 1e12)
+    assert counted["update/tflop"] == pytest.approx(sum(8 * (2 * f.linear + 3 * f.attention) for f in one) / 1e12)
+    stages = [counted[f"{name}/seconds"] for name in ("encode", "denoise", "decode")]
+    assert min(stages) > 0 and counted["images_per_s"] == pytest.approx(8 / (sum(stages) + 2.0))
 
 
 def test_the_vaes_operations_depend_on_its_convolutions():
