@@ -190,7 +190,12 @@ class AttackerConfig:
     ema_decay: float = 0.0
     """Exponential average of the trained weights, used for the curated set and the evaluation; 0: off."""
     target_pixels: int = 512 * 512
-    """Area of the edited image."""
+    """Area of the edited image, or of the edited window."""
+    region: Literal["whole", "window"] = "whole"
+    """Edit the whole picture at about `target_pixels`, or a window of so many pixels at full resolution, pasted back: pictures of any size
+    for the same cost. A group shares its window, which covers no target where there is room beside them."""
+    feather: int = 16
+    """Pixels over which an edited window fades into the picture."""
     reference_pixels: int = 512 * 512
     """Area of the reference given to the VAE (the pipeline's own is 1024 * 1024: four times the tokens of a 512 * 512 target)."""
     condition_pixels: int = 384 * 384

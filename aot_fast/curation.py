@@ -69,7 +69,7 @@ def _solvable_of(game: Game, examples: Pictures, chunk: list[int]) -> list[int]:
         return chunk
     mine = [chunk[i] for i in game.runtime.mine(len(chunk))]
     pictures = [examples[i] for i in mine]
-    coded = roundtrip(game.attacker, [example.image for example in pictures])
+    coded = roundtrip(game.attacker, pictures)
     with game.defender.whole():
         right = solvable(pictures, coded, game.config.reward, answerer(game.defender), game.seed("solvable"))
     kept = {i for part in game.runtime.gather([i for i, good in zip(mine, right) if good]) for i in part}
@@ -190,7 +190,7 @@ def _roundtrips(game: Game) -> list[Picture]:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for i in game.runtime.mine(len(questions)):
         name = folder / "images" / f"{safe_name(questions.rows[i].question_id)}_0.png"
-        roundtrip(game.attacker, [questions[i].image])[0].save(name)
+        roundtrip(game.attacker, [questions[i]])[0].save(name)
     paths = [folder / "images" / f"{safe_name(row.question_id)}_0.png" for row in questions.rows]
     return [Picture(row.question_id, "roundtrip", -1, str(path)) for row, path in zip(questions.rows, paths)]
 

@@ -68,7 +68,7 @@ def example(index: int) -> Example:
 
 def codec(attacker: Attacker, scenes: list[Example], config: Config) -> list[str]:
     """The VAE's round trip must keep the targets: what the codec alone breaks would count as an attack (MATH.md section 5)."""
-    pictures = roundtrip(attacker, [s.image for s in scenes])
+    pictures = roundtrip(attacker, scenes)
     values = [integrity(s.image, p, s.question.target_boxes, config.reward.pad) for s, p in zip(scenes, pictures)]
     floor = summary_of({s.question.id: Edit(s.question.id, min(v), v) for s, v in zip(scenes, values)})
     print(f"codec      round trip of {len(scenes)} scenes: q median {floor.median:.3f}, 5th percentile {floor.p5:.3f}")

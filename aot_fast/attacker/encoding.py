@@ -16,6 +16,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from aot_fast.attacker.batching import batches
+from aot_fast.attacker.region import Window, cut, paste, place_window
+from aot_fast.data.schema import Example
+from aot_fast.engine import seed_of
 
 if TYPE_CHECKING:
     from aot_fast.attacker.model import Attacker
@@ -178,7 +181,24 @@ def _decode(attacker: Attacker, latents: Tensor) -> list[Image]:
 
 
 @torch.no_grad()
-def roundtrip(attacker: Attacker, images: Sequence[Image]) -> list[Image]:
-    """Each picture once through the VAE at the target resolution: what the codec alone does must not count as an attack."""
-    sizes = [fit_size(*image.size, attacker.config.target_pixels, attacker.unit) for image in images]
-    return [_decode(attacker, image_to_latents(attacker, image.convert("RGB"), *size))[0] for image, size in zip(images, sizes)]
+def roundtrip(attacker: Attacker, examples: Sequence[Example]) -> list[Image]:
+    """Each picture, or a window of it as the Attacker edits them, once through the VAE at the target resolution: what the codec alone does
+    must not count as an attack."""
+    return [_roundtrip(attacker, example) for example in examples]
+
+
+def _roundtrip(attacker: Attacker, example: Example) -> Image:
+    image = example.image.convert("RGB")
+    window = window_of(attacker, example, seed_of("roundtrip", example.key))
+    part = image if window is None else cut(image, window)
+    size = fit_size(*part.size, attacker.config.target_pixels, attacker.unit)
+    [made] = _decode(attacker, image_to_latents(attacker, part, *size))
+    return made if window is None else paste(image, window, made, attacker.config.feather)
+
+
+def window_of(attacker: Attacker, example: Example, seed: int) -> Window | None:
+    """Where the picture is edited; None: everywhere (`config.region`)."""
+    config = attacker.config
+    if config.region == "whole":
+        return None
+    return place_window(example.image.size, example.question.target_boxes, config.target_pixels, attacker.unit, seed)

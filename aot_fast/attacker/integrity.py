@@ -26,9 +26,13 @@ def integrity(original: Image, edit: Image, boxes: Sequence[Box], pad: float) ->
     scale = width / original.width, height / original.height
     if original.size != edit.size:
         original = original.resize(edit.size, Resampling.LANCZOS)
-    first, second = (np.asarray(image.convert("RGB"), dtype=np.float64) / 255 for image in (original, edit))
     crops = [crop_of(box, scale, (width, height), pad) for box in boxes] or [(0, 0, width, height)]
-    return tuple(ssim(first[top:bottom, left:right], second[top:bottom, left:right]) for left, top, right, bottom in crops)
+    return tuple(ssim(*(_pixels(image, crop) for image in (original, edit))) for crop in crops)
+
+
+def _pixels(image: Image, crop: tuple[int, int, int, int]) -> np.ndarray:
+    """[H, W, 3] in [0, 1] of a part alone: a picture may have 40 megapixels."""
+    return np.asarray(image.crop(crop).convert("RGB"), dtype=np.float64) / 255
 
 
 def ssim(first: np.ndarray, second: np.ndarray) -> float:

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from aot_fast.attacker.counters import Stopwatch
-from aot_fast.attacker.encoding import Encoding, decode, encode
+from aot_fast.attacker.encoding import Encoding, decode, encode, window_of
 from aot_fast.attacker.model import Attacker
+from aot_fast.attacker.region import cut, paste
 from aot_fast.attacker.reward import Edit
 from aot_fast.attacker.sampler import Sample, draw_window, sample
 from aot_fast.data.schema import Example, edit_prompt
@@ -42,13 +43,15 @@ def rollout(
     count = group_size or config.group_size
     own = [examples[i] for i in attacker.runtime.mine(len(examples))]
     prompts = [edit_prompt(example.question.question) for example in own]
+    base = (seed, "attacker", round, step)
+    keys = [(*base, example.key) for example in own]
+    windows = [window_of(attacker, example, seed_of(*key, "region")) for example, key in zip(own, keys)]
+    seen = [example.image if window is None else cut(example.image, window) for example, window in zip(own, windows)]
     copies = 1 if config.encode_once else count
-    asked = [example.image for example in own for _ in range(copies)], [prompt for prompt in prompts for _ in range(copies)]
+    asked = [image for image in seen for _ in range(copies)], [prompt for prompt in prompts for _ in range(copies)]
     attacker.stopwatch = watch = Stopwatch(attacker.runtime.device)
     encodings = attacker.encodings(attacker, *asked) if config.encode_once else encode(attacker, *asked)
     watch.mark("encode")
-    base = (seed, "attacker", round, step)
-    keys = [(*base, example.key) for example in own]
     shared = train and config.shared_noise
     starts = [seed_of(*key, "start", 0 if shared else j) for key in keys for j in range(count)]
     noises = [seed_of(*key, "noise", j) for key in keys for j in range(count)]
@@ -60,6 +63,8 @@ def rollout(
     watch.mark("denoise")
     pictures = decode(attacker, [made.latents for made in samples], repeated)
 
+    places = [(example.image, window) for example, window in zip(own, windows) for _ in range(count)]
+    pictures = [edit if w is None else paste(image, w, edit, config.feather) for edit, (image, w) in zip(pictures, places)]
     watch.mark("decode")
     shared_steps = window[0] if window and shared and config.shared_prefix and config.encode_once else 0
 

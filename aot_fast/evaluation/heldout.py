@@ -114,7 +114,7 @@ def _make(game: Game, chunk: Sequence[Example], on: str, attacker_round: int) ->
     """Pictures of this rank's share of the chunk, saved, with their integrity and their audit."""
     own = [chunk[i] for i in game.runtime.mine(len(chunk))]
     if on == "roundtrip":
-        pictures = roundtrip(game.attacker, [example.image for example in own])
+        pictures = roundtrip(game.attacker, own)
     else:
         place = {"seed": game.config.run.seed, "round": attacker_round, "step": -1}
         groups = rollout(game.attacker, chunk, **place, group_size=1, train=False)

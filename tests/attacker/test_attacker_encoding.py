@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from aot_fast.attacker.encoding import IMAGE_PAD, decode, encode, expand_image_pad, fit_size, pack, roundtrip, unpack
+from aot_fast.data.schema import Example, Question
 from tests.attacker.tiny_pipeline import picture
 
 PROMPT = "Add a plausible distractor object {braces} é"
@@ -66,7 +67,7 @@ def test_roundtrip_is_the_vaes_own_decode_of_its_mode(base_config, load, pipelin
         tensor = pipeline["edit"].image_processor.preprocess(image).unsqueeze(2)
         expected = vae.decode(vae.encode(tensor).latent_dist.mode()).sample[:, :, 0]
     expected = pipeline["edit"].image_processor.postprocess(expected, output_type="np")[0] * 255
-    ours = np.asarray(roundtrip(attacker, [image])[0], dtype=float)
+    ours = np.asarray(roundtrip(attacker, [Example(Question("q", "q.png", "?", "A"), image)])[0], dtype=float)
     assert np.abs(ours - expected).max() <= 1  # rounding to 8 bits
 
     encoding = encode(attacker, [image], [PROMPT])[0]

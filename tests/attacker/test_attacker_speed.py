@@ -12,6 +12,7 @@ from aot_fast.attacker.encoding import encode
 from aot_fast.attacker.encoding_cache import Encodings
 from aot_fast.attacker.replay import Item, replay_batches
 from aot_fast.attacker.rollout import rollout
+from aot_fast.attacker.sampler import sample
 from tests.attacker.rollouts import examples, gradients, scored
 from tests.attacker.tiny_pipeline import LORA, TRANSFORMER, picture
 
@@ -45,6 +46,19 @@ def test_steps_before_the_window_are_taken_once_for_a_group(guidance, base_confi
         # Prefixes in another batch round otherwise: a few units of 2^-24 a step.
         assert far(ours.latents, theirs.latents) < 1e-5 and abs(ours.steps[0].logp - theirs.steps[0].logp) < 1e-5
     assert made["plain"][1] == 8 * 4 and made["shared"][1] == 2 * 2 + 8 * 2
+
+
+def test_a_prefix_is_of_one_picture_and_one_start(base_config, load):
+    """Equal start noise for two pictures, and two starts for one."""
+    attacker = load(replace(base_config, lora=LORA), seed=1)
+    plain = replace(attacker, config=replace(attacker.config, shared_prefix=False))
+    one, other = encode(attacker, [picture(0), picture(1)], ["Add a cat"] * 2)
+    made = []
+    for player in (attacker, plain):
+        with player.player.gathered():
+            made.append(sample(player, [one, other, one, one], [5, 5, 6, 5], [1, 2, 3, 4], (1, 2)))
+    assert all(far(a.latents, b.latents) < 1e-5 for a, b in zip(*made, strict=True))
+    assert far(made[0][0].latents, made[0][1].latents) > 1e-3 and far(made[0][0].latents, made[0][2].latents) > 1e-3
 
 
 def test_gradients_are_those_of_the_plain_path(base_config, load):
