@@ -209,7 +209,12 @@ class AttackerConfig:
     window: int = 3
     """Consecutive stochastic, trained steps w."""
     window_range: tuple[int, int] = (0, 5)
-    """[lo, hi): the window lies inside; its start is drawn per optimizer step."""
+    """[lo, hi): the window lies inside."""
+    window_order: Literal["random", "slide"] = "random"
+    """Where it starts. random: drawn per optimizer step (Flow-GRPO-Fast). slide: from lo towards hi, a step further every `window_stays`
+    optimizer steps of a round, then from lo again (MixGRPO, arXiv 2507.21802, with a window of 4)."""
+    window_stays: int = 25
+    """Optimizer steps before a sliding window moves on."""
     shared_noise: bool = True
     """Give every sample of a group the same start noise, so that the group differs only inside the window."""
     encode_once: bool = True

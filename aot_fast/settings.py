@@ -260,7 +260,7 @@ POSITIVE = (
     "defender.tokens_per_microbatch defender.prefetch_bytes "
     "defender.max_prompt_tokens defender.max_response_tokens defender.optimizer.lr "
     "attacker.optimizer.lr attacker.num_steps attacker.group_size attacker.prompts_per_step attacker.rollout_batch "
-    "attacker.microbatch attacker.target_pixels attacker.reference_pixels "
+    "attacker.microbatch attacker.decode_batch attacker.window_stays attacker.target_pixels attacker.reference_pixels "
     "attacker.condition_pixels attacker.guidance reward.trials reward.efficacy_temperature curation.num_questions "
     "curation.edits_per_question checkpoint.every checkpoint.keep metrics.every"
 ).split()
@@ -273,7 +273,7 @@ NOT_NEGATIVE = (
     "game.warmup_steps game.rounds game.attacker_steps game.defender_steps run.stop_after run.threads reward.pad reward.temperature "
     "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials "
     "curation.num_pictures attacker.probe_edits defender.vision_lr defender.prefetch_workers defender.importance_cap "
-    "defender.lora.rank attacker.lora.rank"
+    "defender.lora.rank attacker.lora.rank attacker.tokens_per_microbatch attacker.feather attacker.encoding_bytes"
 ).split()
 
 

@@ -236,7 +236,7 @@ def operations(attacker: Attacker, asked: list[Example]) -> int:
     [encoding] = attacker.encodings(attacker, [asked[0].image], ["Add a cat"])
     image = [height * width for _, height, width in encoding.shapes]
     tokens = flops.Tokens(*image, len(encoding.prompt), 0 if encoding.negative is None else len(encoding.negative))
-    starts = [draw_window(config, 0, "attacker", 1, turn)[0] for turn in range(1, 6)]
+    starts = [draw_window(config, turn, 0, "attacker", 1, turn)[0] for turn in range(1, 6)]
     before = sum(starts) / len(starts) if config.shared_prefix else 0.0
     work = flops.Work(len(asked), config.group_size, tokens, config.num_steps - before, before, config.window, True, False)
     return flops.step_flops(attacker.player.module.config, work).total

@@ -56,7 +56,7 @@ def rollout(
     starts = [seed_of(*key, "start", 0 if shared else j) for key in keys for j in range(count)]
     noises = [seed_of(*key, "noise", j) for key in keys for j in range(count)]
     repeated = [encoding for encoding in encodings for _ in range(count // copies)]
-    window = draw_window(config, *base) if train and config.dynamics != "ode" else None
+    window = draw_window(config, step, *base) if train and config.dynamics != "ode" else None
     averaged = attacker.ema.applied() if attacker.ema and not train else nullcontext()
     with averaged, attacker.player.gathered():
         samples = sample(attacker, repeated, starts, noises, window)

@@ -141,8 +141,10 @@ def schedule(attacker: Attacker, num_tokens: int) -> list[float]:
     return [min(1.0, sigma) for sigma in attacker.scheduler.sigmas.tolist()]  # the shift can round to a hair above 1
 
 
-def draw_window(config: AttackerConfig, *parts: object) -> tuple[int, int]:
-    """The [start, stop) of this optimizer step's stochastic steps, uniform in `window_range`; seeded by `parts`, so alike on all ranks."""
+def draw_window(config: AttackerConfig, step: int, *parts: object) -> tuple[int, int]:
+    """The [start, stop) of the stochastic steps of optimizer step `step` of a round, inside `window_range`, alike on all ranks: uniform and
+    seeded by `parts`, or sliding (`window_order`)."""
     low, high = config.window_range
-    start = low + seed_of(*parts, "window") % (high - config.window - low + 1)
+    number = step // config.window_stays if config.window_order == "slide" else seed_of(*parts, "window")
+    start = low + number % (high - config.window - low + 1)
     return start, start + config.window

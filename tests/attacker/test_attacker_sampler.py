@@ -118,6 +118,11 @@ def test_recorded_steps_follow_the_operator(base_config, load):
 
 def test_window_is_uniform_in_its_range_and_the_same_for_equal_seeds():
     config = AttackerConfig(num_steps=10, window=3, window_range=(1, 6))
-    starts = [draw_window(config, 0, "attacker", 1, step) for step in range(200)]
+    starts = [draw_window(config, step, 0, "attacker", 1, step) for step in range(200)]
     assert {first for first, _ in starts} == {1, 2, 3} and all(last == first + 3 for first, last in starts)
-    assert starts[7] == draw_window(config, 0, "attacker", 1, 7)
+    assert starts[7] == draw_window(config, 7, 0, "attacker", 1, 7)
+
+
+def test_a_sliding_window_moves_on_and_begins_again():
+    config = AttackerConfig(num_steps=10, window=4, window_range=(1, 6), window_order="slide", window_stays=3)
+    assert [draw_window(config, step, "any")[0] for step in range(8)] == [1, 1, 1, 2, 2, 2, 1, 1]
