@@ -34,6 +34,7 @@ from aot_fast.attacker import flops  # noqa: E402
 from aot_fast.attacker.encoding_cache import Encodings  # noqa: E402
 from aot_fast.attacker.flow_grpo import ScoredGroup, update  # noqa: E402
 from aot_fast.attacker.model import Attacker, load_attacker  # noqa: E402
+from aot_fast.attacker.recipes import RECIPES  # noqa: E402
 from aot_fast.attacker.rollout import Group, rollout  # noqa: E402
 from aot_fast.attacker.sampler import draw_window  # noqa: E402
 from aot_fast.config import AttackerConfig, EngineConfig, LoraConfig, OptimizerConfig, RunConfig  # noqa: E402
@@ -261,10 +262,12 @@ IMAGES = 512
 
 def plan() -> str:
     """Operations of one epoch of 512 images under three recipes."""
-    ours = load("paper_8gpu").attacker
+    ours, theirs = load("paper_8gpu").attacker, RECIPES["flow_grpo_edit"].settings
     rows = {
         # flow_grpo's edit recipe: the reference and the encoder's picture at 1024^2, guidance, 10 steps of which it trains 9.
-        "flow_grpo, published": recipe(1024**2, 1024**2, guided=True, steps=10, trained=9, shared=0.0, group=16, each_encoded=True),
+        "flow_grpo, published": recipe(
+            1024**2, 1024**2, theirs["guidance"] > 1, theirs["num_steps"], theirs["window"], 0.0, theirs["group_size"], each_encoded=True
+        ),
         "paper_8gpu with guidance": planned(ours, guided=True),
         "paper_8gpu": planned(ours, guided=False),
     }
