@@ -55,13 +55,14 @@ def train_attacker(game: Game, questions: Pictures) -> None:
     defender.player.offload()
     while game.cursor.step < config.game.attacker_steps:
         drawn = game.stream.draw(config.attacker.prompts_per_step, len(questions))
-        examples = [questions[index] for _, index in drawn]
+        examples = Pictures([questions.rows[index] for _, index in drawn], questions.split)  # each rank reads its own
         place = {"seed": config.run.seed, "round": game.cursor.round, "step": game.cursor.step}
         with game.spans("attack/rollout"):
             groups = rollout(attacker, examples, **place)
         with game.spans("attack/reward"), defender.whole():  # only now: the two players are never whole at the same time
             scored = flow_grpo.judged(groups, config.reward, answerer(defender), judge_of(game), likelihood(defender))
         with game.spans("attack/update"):
+            game.runtime.barrier()  # so that nobody's update is seen to take as long as another's rewards
             start = time.perf_counter()
             metrics = (nft if config.attacker.variant == "nft" else flow_grpo).update(attacker, scored)
             metrics |= counters(attacker, groups, time.perf_counter() - start)  # the step has just waited for the device

@@ -218,7 +218,7 @@ class AttackerConfig:
     shared_noise: bool = True
     """Give every sample of a group the same start noise, so that the group differs only inside the window."""
     encode_once: bool = True
-    """Encode a picture and its prompt once for the whole group, and keep the encoding. Off: for every sample."""
+    """Encode a picture and its prompt once for the whole group, and keep the encoding. Off: for every sample, and no prefix is shared."""
     shared_prefix: bool = True
     """With `shared_noise`, take the steps before the window once for the whole group. Off: for every sample; the same but for rounding."""
     encoding_bytes: int = 1 << 31

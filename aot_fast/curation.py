@@ -88,7 +88,7 @@ def promising(game: Game, questions: Pictures) -> Pictures:
         spreads: dict[str, float] = {}
         for start in range(0, len(questions), CHUNK):
             game.check_stop()
-            own = _spreads(game, [questions[i] for i in range(start, min(start + CHUNK, len(questions)))])
+            own = _spreads(game, questions[start : start + CHUNK])
             for part in game.runtime.gather(own):
                 spreads |= part
         if game.runtime.rank == 0:
@@ -140,7 +140,7 @@ def _edits(game: Game) -> list[Picture]:
     records: list[dict] = []
     for start in range(0, len(questions), CHUNK):
         game.check_stop()
-        chunk = [questions[i] for i in range(start, min(start + CHUNK, len(questions)))]
+        chunk = questions[start : start + CHUNK]
         own = _edit_and_check(game, chunk, folder)
         records += [record for part in game.runtime.gather(own) for record in part]
     records.sort(key=lambda record: record["image"])  # the same file whatever the number of ranks

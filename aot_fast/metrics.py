@@ -37,7 +37,7 @@ LINE = (
         ("e", "e", ".2f"),
         ("loss", "loss", ".3g"),
     ),
-    (("ratio", "ratio", ".3f"), ("kl", "kl", ".1e"), ("clip", "clip", ".2f"), ("entropy", "ent", ".2f")),
+    (("ratio", "ratio", ".3f"), ("kl", "kl", ".1e"), ("kl_ref", "kl_ref", ".1e"), ("clip", "clip", ".2f"), ("entropy", "ent", ".2f")),
     (("grad_norm", "gnorm", ".2g"), ("lr", "lr", ".1e"), ("skipped", "skipped", ".0f")),
 )
 """Order of the log line: groups of (name in the row, label, format); a value that a phase does not have is left out."""

@@ -18,7 +18,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from aot_fast.attacker.recipes import RECIPES  # noqa: E402
 from aot_fast.attacker.rollout import Group, rollout  # noqa: E402
 from aot_fast.attacker.sampler import draw_window  # noqa: E402
 from aot_fast.config import AttackerConfig, EngineConfig, LoraConfig, OptimizerConfig, RunConfig  # noqa: E402
-from aot_fast.data.schema import Example, Question, Verdict  # noqa: E402
+from aot_fast.data.schema import Example, Question, Verdict, edit_prompt  # noqa: E402
 from aot_fast.engine import close_runtime, open_runtime  # noqa: E402
 from aot_fast.models import model_folder  # noqa: E402
 from aot_fast.settings import load  # noqa: E402
@@ -50,9 +50,9 @@ LEVERS = {
     "encode_once": {"encode_once": False},
     "shared_prefix": {"shared_prefix": False},
     "batched_decode": {"decode_batch": 1},
-    "batched_replay": {"tokens_per_microbatch": 0},  # then a micro-batch is a group's samples at one step
+    "batched_replay": {"tokens_per_microbatch": 0},  # then a micro-batch holds as many (sample, step) pairs as a group has samples
 }
-"""What each lever's absence is."""
+"""What each lever's absence is. Without encode_once no two samples have the same encoding, and none shares a prefix either."""
 
 
 def main() -> None:
@@ -159,7 +159,7 @@ def changed(attacker: Attacker, **changes: object) -> Attacker:
     return replace(attacker, config=replace(attacker.config, **changes))
 
 
-def step(attacker: Attacker, asked: list[Example], turn: int, take: Callable[[], None] | None = None) -> dict[str, float]:
+def step(attacker: Attacker, asked: list[Example], turn: int) -> dict[str, float]:
     """Seconds of sampling and of the update. No encoding is known from a step before."""
     attacker.encodings = Encodings(attacker.config, model_folder(attacker.config.model, "", "model"), attacker.runtime.dtype)
     device = attacker.runtime.device.type
@@ -217,11 +217,12 @@ def compare_recipes(attacker: Attacker, asked: list[Example], repeats: int) -> d
     )
     players = {"ours": attacker, "published": published}
     seconds: dict[str, list[float]] = {name: [] for name in players}
-    for turn in range(max(2, repeats // 2) + 1):
+    turns = range(1, max(2, repeats // 2) + 1)
+    for turn in (0, *turns):
         for name, player in players.items():
             taken = sum(step(player, asked, turn).values())
             seconds[name] += [taken] if turn else []
-    counted = {name: operations(player, asked) for name, player in players.items()}
+    counted = {name: operations(player, asked, turns) for name, player in players.items()}
     return {
         "recipe": {
             "operations": counted,
@@ -231,13 +232,13 @@ def compare_recipes(attacker: Attacker, asked: list[Example], repeats: int) -> d
     }
 
 
-def operations(attacker: Attacker, asked: list[Example]) -> int:
-    """Of the transformer in the turns timed."""
+def operations(attacker: Attacker, asked: list[Example], turns: Sequence[int]) -> int:
+    """Of the transformer in a turn, on average."""
     config = attacker.config
-    [encoding] = attacker.encodings(attacker, [asked[0].image], ["Add a cat"])
+    [encoding] = attacker.encodings(attacker, [asked[0].image], [edit_prompt(asked[0].question.question)])
     image = [height * width for _, height, width in encoding.shapes]
     tokens = flops.Tokens(*image, len(encoding.prompt), 0 if encoding.negative is None else len(encoding.negative))
-    starts = [draw_window(config, turn, 0, "attacker", 1, turn)[0] for turn in range(1, 6)]
+    starts = [draw_window(config, turn, 0, "attacker", 1, turn)[0] for turn in turns]
     before = sum(starts) / len(starts) if config.shared_prefix else 0.0
     work = flops.Work(len(asked), config.group_size, tokens, config.num_steps - before, before, config.window, True, False)
     return flops.step_flops(attacker.player.module.config, work).total

@@ -21,7 +21,8 @@ QUERIES = 64
 """Queries a program at most; more than that read their prompt again, out of the cache."""
 PROGRAMS = 132
 """Programs that the splits of all prompts should make: one on each multiprocessor of a H100 or H200. More splits, more to put together."""
-STAGES = 3
+STAGES = {2: 3, 4: 2}
+"""Tiles on their way to a program, by the bytes of an element: in fp32 three of 128 values a head would not fit an A100."""
 
 
 def sizes_of(members: torch.Size, heads: int, kv_heads: int, dim: int, room: int) -> dict[str, int]:
@@ -149,12 +150,23 @@ def _decode_attention(
     part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
     q, (k, k_stride), (v, v_stride) = q.contiguous(), _rows(k), _rows(v)
     _prompt_kernel[(places * triton.cdiv(group * repeat, queries), kv_heads, splits)](
-        q, prompts, lengths, members, part, part_lse, scale * LOG2E, room, prompts.stride(0), **sizes, num_warps=4, num_stages=STAGES
+        q,
+        prompts,
+        lengths,
+        members,
+        part,
+        part_lse,
+        scale * LOG2E,
+        room,
+        prompts.stride(0),
+        **sizes,
+        num_warps=4,
+        num_stages=STAGES[q.dtype.itemsize],
     )
     sizes["QUERIES"] = max(16, triton.next_power_of_2(repeat))
     _row_kernel[(places * group, kv_heads)](
         q, k, v, own, members, steps, part, part_lse, out, scale * LOG2E, own.shape[3], own.stride(0), k_stride, v_stride, **sizes,
-        num_warps=4, num_stages=STAGES,
+        num_warps=4, num_stages=STAGES[q.dtype.itemsize],
     )  # fmt: skip
     return out
 
@@ -194,5 +206,7 @@ def builds() -> list[Build]:
         own = sizes | {"QUERIES": max(16, triton.next_power_of_2(heads // kv_heads))}
         for part, kernel, arguments, constants in (("prompts", _prompt_kernel, prompt, sizes), ("rows", _row_kernel, row, own)):
             multiples = frozenset({"room", "values", "k_stride", "v_stride"} & arguments.keys())
-            made.append(Build(f"decode {part} {name}", kernel, arguments, constants, 4, STAGES, divisible=multiples))
+            made.append(
+                Build(f"decode {part} {name}", kernel, arguments, constants, 4, STAGES[2 if dtype == "bf16" else 4], divisible=multiples)
+            )
     return made

@@ -45,27 +45,31 @@ class Stopwatch:
 def counters(attacker: Attacker, groups: Sequence[Group], update_seconds: float) -> dict[str, float]:
     """Of all ranks, for their groups of one optimizer step; seconds are the slowest rank's. `mfu` where the card's peak is known.
 
-    A collective. Operations are those that were needed: recomputation is left out.
+    A collective. Operations are those that were needed: recomputation is left out. images_per_s leaves out what rewards take.
     """
     runtime, settings = attacker.runtime, attacker.player.module.config
     lora = bool(attacker.config.lora.rank)
     sampled = trained = 0.0
     for group in groups:
         one = flops.forward_flops(settings, tokens_of(group))
-        steps = sum(len(sample.steps) for sample in group.samples)
         sampled += one.total * (len(group.samples) * (attacker.config.num_steps - group.shared_steps) + group.shared_steps)
-        trained += steps * (flops.training_flops(one, lora) + (one.total if attacker.config.beta else 0))
+        if attacker.config.variant == "nft":  # which trains noised levels of what came out, without guidance
+            steps = len(group.samples) * attacker.config.window
+            trained += steps * flops.training_flops(flops.forward_flops(settings, tokens_of(group)._replace(negative=0)), lora)
+        else:
+            steps = sum(len(sample.steps) for sample in group.samples)
+            trained += steps * (flops.training_flops(one, lora) + (one.total if attacker.config.beta else 0))
     stages = {f"{name}/seconds": value for name, value in attacker.stopwatch.seconds().items()} | {"update/seconds": update_seconds}
     sums = {"rollout/tflop": sampled / 1e12, "update/tflop": trained / 1e12, "images": float(sum(len(g.samples) for g in groups))}
     named = {f"sum/{name}": torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
     named |= {f"max/{name}": torch.tensor(value, dtype=torch.float64) for name, value in stages.items()}
     made = {name.split("/", 1)[1]: value for name, value in reduce_over_ranks(runtime, named).items()}
-    rollout_seconds = made["encode/seconds"] + made["denoise/seconds"] + made["decode/seconds"]
     card = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU"
     for part, seconds in (("rollout", made["denoise/seconds"]), ("update", made["update/seconds"])):
         share = mfu(made[f"{part}/tflop"] * 1e12 / runtime.world, max(seconds, 1e-9), card)
         made |= {} if share is None else {f"{part}/mfu": share}
-    return made | {"images_per_s": made.pop("images") / max(rollout_seconds + update_seconds, 1e-9)}
+    seconds = sum(made[f"{stage}/seconds"] for stage in ("encode", "denoise", "decode", "update"))
+    return made | {"images_per_s": made.pop("images") / max(seconds, 1e-9)}
 
 
 def tokens_of(group: Group) -> flops.Tokens:

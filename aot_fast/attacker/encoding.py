@@ -74,17 +74,18 @@ def fit_size(width: int, height: int, pixels: int, unit: int) -> tuple[int, int]
 
 
 @torch.no_grad()
-def encode(attacker: Attacker, images: Sequence[Image], prompts: Sequence[str]) -> list[Encoding]:
-    """One `Encoding` for each picture and its prompt.
+def encode(attacker: Attacker, images: Sequence[Image], prompts: Sequence[str], windows: Sequence[bool] = ()) -> list[Encoding]:
+    """One `Encoding` for each picture and its prompt. windows: which are windows, edited at the size that they have (none are, by default).
 
     One picture at a time, so that an encoding does not depend on what else is in the batch.
     """
-    return [_encode_one(attacker, image.convert("RGB"), prompt) for image, prompt in zip(images, prompts, strict=True)]
+    flags = windows or [False] * len(images)
+    return [_encode_one(attacker, image.convert("RGB"), *rest) for image, *rest in zip(images, prompts, flags, strict=True)]
 
 
-def _encode_one(attacker: Attacker, image: Image, prompt: str) -> Encoding:
+def _encode_one(attacker: Attacker, image: Image, prompt: str, window: bool) -> Encoding:
     config, unit = attacker.config, attacker.unit
-    height, width = fit_size(*image.size, config.target_pixels, unit)
+    height, width = image.size[::-1] if window else fit_size(*image.size, config.target_pixels, unit)
     reference, reference_size = _encode_reference(attacker, image)
     condition = resize(image, *fit_size(*image.size, config.condition_pixels, unit))
     return Encoding(
@@ -191,7 +192,7 @@ def _roundtrip(attacker: Attacker, example: Example) -> Image:
     image = example.image.convert("RGB")
     window = window_of(attacker, example, seed_of("roundtrip", example.key))
     part = image if window is None else cut(image, window)
-    size = fit_size(*part.size, attacker.config.target_pixels, attacker.unit)
+    size = fit_size(*part.size, attacker.config.target_pixels, attacker.unit) if window is None else part.size[::-1]
     [made] = _decode(attacker, image_to_latents(attacker, part, *size))
     return made if window is None else paste(image, window, made, attacker.config.feather)
 

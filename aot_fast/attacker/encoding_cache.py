@@ -6,21 +6,24 @@ there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from aot_fast.attacker.encoding import Encoding, encode
+from aot_fast.attacker.encoding import TEMPLATE, TEMPLATE_PLUS, TEMPLATE_TOKENS, Encoding, encode
 from aot_fast.config import AttackerConfig
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("target_pixels", "reference_pixels", "condition_pixels", "still_vae", "negative_prompt")
 """Of the Attacker, on which an encoding depends; and whether there is guidance at all."""
+FORMAT = 1
+"""To be raised when an encoding is made otherwise than before."""
 
 
 class Encodings:
@@ -38,32 +43,36 @@ class Encodings:
     def __init__(self, config: AttackerConfig, pipeline: Path, dtype: torch.dtype, folder: Path | None = None):
         self.folder, self.max_bytes = folder, config.encoding_bytes
         settings = {name: getattr(config, name) for name in SETTINGS} | {"guided": config.guidance > 1, "dtype": str(dtype)}
-        self._salt = json.dumps([settings, _files(pipeline, ("vae", "text_encoder", "tokenizer", "processor"))]).encode()
+        files = _files(pipeline, ("model_index.json", "vae", "text_encoder", "tokenizer", "processor"))
+        self._salt = json.dumps([FORMAT, TEMPLATE, TEMPLATE_PLUS, TEMPLATE_TOKENS, settings, files]).encode()
         self._kept: OrderedDict[str, Encoding] = OrderedDict()
         self._bytes = 0
+        self._refused = False
         self.num_made = self.num_found = 0
 
-    def __call__(self, attacker: Attacker, images: Sequence[Image], prompts: Sequence[str]) -> list[Encoding]:
-        """As encoding.encode, on the Attacker's device; those already known are not made again."""
+    def __call__(self, attacker: Attacker, images: Sequence[Image], prompts: Sequence[str], windows: Sequence[bool] = ()) -> list[Encoding]:
+        """As encoding.encode, on the Attacker's device; those already known are not made again. Windows are not kept: the next step's lies
+        elsewhere."""
         images = [image.convert("RGB") for image in images]
-        keys = [self.key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        known = {key: self._find(key) for key in dict.fromkeys(keys)}
+        flags = windows or [False] * len(images)
+        keys = [self.key(*asked) for asked in zip(images, prompts, flags, strict=True)]
+        known = {key: None if flag else self._find(key) for key, flag in dict(zip(keys, flags)).items()}
         missing = [keys.index(key) for key, encoding in known.items() if encoding is None]
         self.num_found += len(known) - len(missing)
         if missing:
             self.num_made += len(missing)
             with attacker.encoders():
-                made = encode(attacker, [images[i] for i in missing], [prompts[i] for i in missing])
+                made = encode(attacker, *([xs[i] for i in missing] for xs in (images, prompts, flags)))
             for i, encoding in zip(missing, made):
-                known[keys[i]] = self._keep(keys[i], encoding)
+                known[keys[i]] = encoding if flags[i] else self._keep(keys[i], encoding)
         device = attacker.runtime.device
         moved = {key: _to(encoding, device) for key, encoding in known.items()}
         return [moved[key] for key in keys]
 
-    def key(self, image: Image, prompt: str) -> str:
+    def key(self, image: Image, prompt: str, window: bool = False) -> str:
         """Hash of the picture's pixels, the prompt, and all settings and weights that make an encoding."""
         digest = hashlib.sha256(self._salt)
-        for part in (repr(image.size).encode(), image.tobytes(), prompt.encode()):
+        for part in (repr((image.size, window)).encode(), image.tobytes(), prompt.encode()):
             digest.update(len(part).to_bytes(8, "big") + part)
         return digest.hexdigest()
 
@@ -76,17 +85,25 @@ class Encodings:
             return None
         try:
             return self._remember(key, _read(path))
-        except (SafetensorError, KeyError, ValueError, OSError):
-            return None  # cut short on a full disk, say: it is made and written again
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError):
+            return None  # cut short, or of another version: it is made and written again
 
     def _keep(self, key: str, encoding: Encoding) -> Encoding:
         encoding = _to(encoding, torch.device("cpu"))
         path = self._path(key)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{os.getpid()}")
-            _write(encoding, unfinished)
-            os.replace(unfinished, path)  # whole or not at all, also where two ranks write the same one
+        if path is not None and not self._refused:
+            unfinished = path.with_suffix(f".{uuid4().hex}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(encoding, unfinished)
+                os.replace(unfinished, path)  # whole or not at all, also where two ranks write the same one
+            except (OSError, SafetensorError) as error:
+                with contextlib.suppress(OSError):
+                    unfinished.unlink()
+                self._refused = True
+                warnings.warn(
+                    f"attacker.encoding_folder: {self.folder} takes no more files ({error}); the run goes on without", stacklevel=2
+                )
         return self._remember(key, encoding)
 
     def _remember(self, key: str, encoding: Encoding) -> Encoding:
@@ -103,7 +120,7 @@ class Encodings:
 def _files(pipeline: Path, parts: Sequence[str]) -> list[tuple[str, Any]]:
     """Names of files; of the small ones (configurations) what they hold, of the others size and date."""
     found: list[tuple[str, Any]] = [("folder", str(pipeline.resolve()))]
-    for path in sorted(p for part in parts for p in (pipeline / part).rglob("*") if p.is_file()):
+    for path in sorted(p for part in parts for p in (pipeline / part, *(pipeline / part).rglob("*")) if p.is_file()):
         stat = path.stat()
         known = hashlib.sha256(path.read_bytes()).hexdigest() if stat.st_size < 1 << 20 else (stat.st_size, stat.st_mtime_ns)
         found.append((str(path.relative_to(pipeline)), known))

@@ -127,8 +127,9 @@ def frozen_parts(folder: Path, runtime: Runtime) -> dict[str, Any]:
     with without_hf_deepspeed():
         text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=runtime.dtype)
     vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=runtime.dtype)
+    vae.to(runtime.device)  # the text encoder comes when it is needed: Attacker.encoders
     for model in (vae, text_encoder):
-        model.to(runtime.device).eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
     return {
         "vae": vae,
         "text_encoder": text_encoder,

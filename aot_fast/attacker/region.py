@@ -32,10 +32,11 @@ def place_window(size: tuple[int, int], boxes: Sequence[Box], pixels: int, unit:
     """A window of about `pixels` area in a picture of `size` (width, height), at a place drawn by `seed` that covers no box [x, y, w, h].
 
     Its sides are multiples of `unit`; as wide and high as the picture allows where that is narrow. Where every place drawn covers a part
-    of a box, the one that covers least. None for a picture of no more than `pixels`: it is edited as a whole.
+    of a box, the one that covers least. None for a picture of no more than `pixels`, or lower than a unit: it is edited as a
+    whole.
     """
     width, height = size
-    if width * height <= pixels:
+    if width * height <= pixels or min(size) < unit:
         return None
     side = math.sqrt(pixels)
     wide = _multiple(min(side if height >= side else pixels / height, width), width, unit)

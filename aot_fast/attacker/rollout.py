@@ -48,9 +48,14 @@ def rollout(
     windows = [window_of(attacker, example, seed_of(*key, "region")) for example, key in zip(own, keys)]
     seen = [example.image if window is None else cut(example.image, window) for example, window in zip(own, windows)]
     copies = 1 if config.encode_once else count
-    asked = [image for image in seen for _ in range(copies)], [prompt for prompt in prompts for _ in range(copies)]
+    asked = tuple([x for x in xs for _ in range(copies)] for xs in (seen, prompts, [window is not None for window in windows]))
     attacker.stopwatch = watch = Stopwatch(attacker.runtime.device)
-    encodings = attacker.encodings(attacker, *asked) if config.encode_once else encode(attacker, *asked)
+    if config.encode_once:
+        encodings = attacker.encodings(attacker, *asked)
+    else:
+        with attacker.encoders():
+            encodings = encode(attacker, *asked)
+    attacker.runtime.barrier()  # here, so that nobody's denoising is seen to take as long as another's encoding
     watch.mark("encode")
     shared = train and config.shared_noise
     starts = [seed_of(*key, "start", 0 if shared else j) for key in keys for j in range(count)]

@@ -27,6 +27,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats decoded; Pillow takes MPO for a JPEG."""
 BOX_SLACK_PX = 1.0
 """A box may overshoot its image by so much (rounded annotations) and is then cut to it."""
+MAX_ASPECT = 100
+"""Side to side; Qwen2-VL's image processor refuses what is thinner than 1 : 200 after resizing."""
 NUM_TOLERATED = 10
 """Bad samples that never end a run, however small the data set."""
 
@@ -57,6 +59,9 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         image.close()
         raise BadImage(f"{width} x {height} is over the cap of {max_pixels} pixels (data.max_image_pixels)")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        image.close()
+        raise BadImage(f"{width} x {height} is thinner than 1 : {MAX_ASPECT}")
     return image
 
 

@@ -67,15 +67,20 @@ class Replayed:
     """Work without arguments, results or synchronisation that runs as a CUDA graph after its first calls."""
 
     def __init__(self, work: Callable[[], None], graphed: bool):
-        self.work, self.graphed = work, graphed
+        self.work: Callable[[], None] | None = work
+        self.graphed = graphed
         self.graph: torch.cuda.CUDAGraph | None = None
         self.num_calls = 0
         self.made_for: object = None
 
     def depends_on(self, state: object) -> None:
-        """A graph of another state is of no more use."""
+        """A graph of another state is of no more use, and kernels for other sizes may have to be compiled first."""
         if state != self.made_for:
-            self.graph, self.made_for = None, state
+            self.graph, self.made_for, self.num_calls = None, state, min(self.num_calls, WARM_UP - 1)
+
+    def close(self) -> None:
+        """Give up the graph and what it holds."""
+        self.graph, self.work = None, None
 
     def __call__(self) -> None:
         self.num_calls += 1
@@ -84,6 +89,7 @@ class Replayed:
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # Threads that lay the next prompts into page-locked memory may go on: only this one's calls are recorded.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.work()  # recorded, not run
         self.graph.replay()

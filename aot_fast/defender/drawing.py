@@ -69,7 +69,8 @@ def _inverted(p: Tensor, uniform: Tensor) -> Tensor:
     Summed in fp64, for over 152,064 tokens a sum in fp32 loses the tail; block by block, for a running sum over all of them takes as long
     as a layer of the model.
     """
-    p = torch.nn.functional.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    size = p.shape[1]
+    p = torch.nn.functional.pad(p, (0, -size % BLOCK)).unflatten(1, (-1, BLOCK))
     upto = p.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, blocks]
     wanted = uniform[:, None] * upto[:, -1:]
     block = torch.searchsorted(upto, wanted, right=True).clamp_max(upto.shape[1] - 1)
@@ -77,7 +78,7 @@ def _inverted(p: Tensor, uniform: Tensor) -> Tensor:
     inside = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
     place = torch.searchsorted(before + inside.cumsum(-1, dtype=torch.float64), wanted, right=True)
     last = BLOCK - 1 - (inside.flip(-1) > 0).int().argmax(-1, keepdim=True)  # the two sums of a block differ by roundings
-    return (block * BLOCK + torch.minimum(place, last))[:, 0]
+    return (block * BLOCK + torch.minimum(place, last))[:, 0].clamp_max(size - 1)  # of NaN, too, a token that there is
 
 
 def response_of(defender: Defender, ids: Tensor, logp: Tensor) -> Response:

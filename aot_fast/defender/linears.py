@@ -47,13 +47,13 @@ def joined_projections(layers: Sequence[nn.Module]) -> Iterator[None]:
     For whole weights that do not change. Layers with a LoRA adapter stay as they are.
     """
     changed: list[nn.Linear] = []
-    for layer in layers:
-        parts = [getattr(layer.self_attn, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-        if all(type(part) is nn.Linear for part in parts):
-            for part, forward in zip(parts, _joined(parts)):
-                part.forward = forward
-            changed += parts
     try:
+        for layer in layers:
+            parts = [getattr(layer.self_attn, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+            if all(type(part) is nn.Linear for part in parts):
+                for part, forward in zip(parts, _joined(parts)):
+                    part.forward = forward
+                    changed.append(part)
         yield
     finally:
         for part in changed:

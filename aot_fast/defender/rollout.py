@@ -97,10 +97,13 @@ class _Rollout:
         self.replayed = Replayed(self.step_every_slot, defender.config.cuda_graph and self.device.type == "cuda")
 
     def run(self) -> list[list[Response]]:
-        while self.refill():
-            (self.decode_used_slots if self.members is None else self.decode_every_slot)()
-            self.retire()
-        return self.groups
+        try:
+            while self.refill():
+                (self.decode_used_slots if self.members is None else self.decode_every_slot)()
+                self.retire()
+            return self.groups
+        finally:
+            self.replayed.close()  # it and this object hold each other, and the buffers must not wait for a collection of garbage
 
     # Prompts and slots
 

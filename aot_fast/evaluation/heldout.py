@@ -100,7 +100,7 @@ def stored(game: Game, clean: Pictures, on: str) -> Pictures:
         rows: list[Edit] = []
         for start in range(0, len(clean), CHUNK):
             game.check_stop()
-            chunk = [clean[i] for i in range(start, min(start + CHUNK, len(clean)))]
+            chunk = clean[start : start + CHUNK]
             rows += [row for part in game.runtime.gather(_make(game, chunk, on, attacker_round)) for row in part]
         if game.runtime.rank == 0:
             write_table(edits_path(game.folder, on), sorted(rows, key=lambda row: row.question_id))

@@ -110,6 +110,24 @@ def test_kept_encodings_are_the_fresh_ones(base_config, load, folders, tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
 
 
+def test_a_folder_that_takes_no_files_costs_the_run_nothing(base_config, load, folders, tmp_path):
+    attacker = load(base_config)
+    (tmp_path / "file").write_text("in the way")
+    kept = Encodings(attacker.config, folders["edit"], torch.float32, tmp_path / "file")
+    with pytest.warns(UserWarning, match="encoding_folder"):
+        first = kept(attacker, [picture(0)], ["Add a cat"])
+    assert same(first[0], kept(attacker, [picture(0)], ["Add a cat"])[0]) and kept.num_made == 1
+
+
+def test_windows_are_not_kept_and_have_their_own_size(base_config, load, folders, tmp_path):
+    attacker = load(base_config)
+    kept = Encodings(attacker.config, folders["edit"], torch.float32, tmp_path)
+    for _ in range(2):
+        whole, window = kept(attacker, [picture(0, (96, 48))] * 2, ["Add a cat"] * 2, [False, True])
+        assert (window.height, window.width) == (48, 96) != (whole.height, whole.width)
+    assert (kept.num_made, kept.num_found) == (3, 1) and len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
 @pytest.mark.parametrize("changes", [{"condition_pixels": 32 * 32}, {"reference_pixels": 32 * 32}, {"guidance": 3.0}, {"still_vae": False}])
 def test_other_settings_make_other_encodings(changes, base_config, load, folders):
     attacker = load(base_config)
@@ -165,6 +183,16 @@ def test_counters_of_a_step(base_config, load):
     assert counted["update/tflop"] == pytest.approx(sum(8 * (2 * f.linear + 3 * f.attention) for f in one) / 1e12)
     stages = [counted[f"{name}/seconds"] for name in ("encode", "denoise", "decode")]
     assert min(stages) > 0 and counted["images_per_s"] == pytest.approx(8 / (sum(stages) + 2.0))
+
+
+def test_counters_of_nft(base_config, load):
+    """Two noise levels of each sample are trained, of the conditional velocity alone."""
+    config = replace(base_config, variant="nft", dynamics="ode", window=2, window_range=(0, 3), guidance=3.0, lora=LORA)
+    attacker = load(config)
+    [group] = rollout(attacker, examples(1), **PLACE)
+    one = flops.forward_flops(attacker.player.module.config, tokens_of(group)._replace(negative=0))
+    counted = counters(attacker, [group], update_seconds=1.0)
+    assert counted["update/tflop"] == pytest.approx(4 * 2 * (2 * one.linear + 3 * one.attention) / 1e12)
 
 
 def test_the_vaes_operations_depend_on_its_convolutions():

@@ -48,6 +48,7 @@ def test_windows_differ_and_the_least_covering_place_is_taken():
 
 def test_a_small_picture_is_edited_as_a_whole():
     assert place_window((96, 96), [], 96 * 96, 16, 0) is None
+    assert place_window((20000, 14), [], 96 * 96, 16, 0) is None  # nor can a strip lower than a unit be cut
 
 
 def test_outside_the_window_every_bit_stays():

@@ -111,6 +111,7 @@ def test_unusable_files_are_refused_with_a_reason(tmp_path):
         "empty": (b"", "empty"),
         "text": (b"<html>404</html>", "not an image"),
         "gif": ((tmp_path / "a.gif").read_bytes(), "not an image of the formats PNG, JPEG, WEBP"),
+        "thin": (bomb(2000, 10), "2000 x 10 is thinner than 1 : 100"),
         "over the cap": (bomb(1001, 1000), "1001 x 1000 is over the cap of 1000000 pixels"),
         "bomb": (bomb(60_000, 60_000), "60000 x 60000|decompression bomb"),
         "half a png": (half_of("png", tmp_path), "cannot be decoded|not an image"),

@@ -7,6 +7,7 @@ import torch
 
 from aot_fast.bootstrap.folders import build_tokenizer
 from aot_fast.bootstrap.model import defender_config
+from aot_fast.defender import linears
 from aot_fast.defender.linears import joined_projections, pad_vision_mlps
 
 
@@ -29,6 +30,14 @@ def test_padded_vision_mlps_give_the_same_outputs_and_gradients(model):
     made = [torch.autograd.grad(mlp(x).square().sum(), [x, *mlp.parameters()]) for mlp in (plain, padded)]
     for expected, got in zip(*made, strict=True):
         assert torch.allclose(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_an_error_on_the_way_in_leaves_no_layer_changed(model, monkeypatch):
+    layers, joined = model.model.language_model.layers, linears._joined
+    monkeypatch.setattr(linears, "_joined", lambda parts: joined(parts) if parts[0] is layers[0].self_attn.q_proj else 1 / 0)
+    with pytest.raises(ZeroDivisionError), joined_projections(layers):
+        pass
+    assert not any("forward" in vars(m) for m in model.model.language_model.modules())
 
 
 def test_joined_projections_give_the_same_and_leave_nothing_behind(model):

@@ -1,12 +1,15 @@
 """Sampling: a sample is its own whatever the batch, and never emits what needs an image behind it."""
 
 import dataclasses
+import gc
 import os
+import weakref
 
 import pytest
 import torch
 
 import aot_fast.kernels as K
+from aot_fast.defender.decoding import KeyValues
 from aot_fast.defender.drawing import Sampling, draw
 from aot_fast.defender.head import rollout_logits
 from aot_fast.defender.model import load_frozen
@@ -67,6 +70,24 @@ def test_decoding_every_slot_draws_the_same(defender, slots, monkeypatch):
     expected = answers_to(defender, examples, range(5), sampling)
     with K.backend("triton"):
         same(answers_to(configured(defender, rollout_batch=slots, tokens_per_microbatch=250), examples, range(5), sampling), expected)
+
+
+def test_a_rollout_leaves_nothing_in_memory(defender, monkeypatch):
+    """Not even till the next collection of garbage: on a GPU that would be gigabytes of keys and values, and a graph."""
+    kept = []
+
+    def watched(*arguments, make=KeyValues):
+        made = make(*arguments)
+        kept.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr("aot_fast.defender.rollout.KeyValues", watched)
+    gc.disable()
+    try:
+        answers_to(defender, scene_examples(2), [1, 2], SAMPLING)
+        assert len(kept) == 1 and kept[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
@@ -151,6 +172,13 @@ def test_sampled_tokens_follow_the_models_distribution(defender):
     statistic = float(((seen - expected)[use] ** 2 / expected[use]).sum())
     # Chi-square with at most 12 degrees of freedom exceeds 32.9 once in a thousand seeds; this seed is fixed.
     assert len(seconds) > 100 and int(use.sum()) >= 3 and statistic < 32.9
+
+
+def test_a_row_of_nan_draws_a_token_that_there_is():
+    """So that the step fails as a bad one, and not with an index out of bounds, which ends the process on a GPU."""
+    logits = torch.full((2, 1000), torch.nan)
+    token, logp = draw(logits, torch.tensor([0.3, 0.9], dtype=torch.float64), SAMPLING, torch.tensor([], dtype=torch.long))
+    assert (token < 1000).all() and logp.isnan().all()
 
 
 def test_draw_follows_the_distribution_and_records_its_logp():
