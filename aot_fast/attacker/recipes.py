@@ -23,6 +23,7 @@ class Recipe:
 
 _EDIT = {"num_steps": 10, "guidance": 4.0, "group_size": 16, "advantage_std": "batch", "shared_noise": False, "beta": 0.0}
 _CPS = {"dynamics": "cps", "eta": 0.8, "clip": 1e-5, "window": 3, "advantage_std": "batch", "shared_noise": False, "beta": 0.0}
+_FLUX = {"group_size": 12, "advantage_std": "group", "shared_noise": True, "guidance": 1.0, "clip": 1e-4, "adv_clip": 5.0, "beta": 0.0}
 _FAST = {"dynamics": "flow_sde", "window_range": (0, 5)}
 
 RECIPES = {
@@ -46,13 +47,7 @@ RECIPES = {
             "window_range": (0, 24),
             "window_order": "slide",
             "window_stays": 25,
-            "group_size": 12,
-            "shared_noise": True,
-            "guidance": 1.0,
-            "clip": 1e-4,
-            "adv_clip": 5.0,
-            "advantage_std": "group",
-            "beta": 0.0,
+            **_FLUX,
         },
     ),
     "dance": Recipe(
@@ -63,13 +58,7 @@ RECIPES = {
             "eta": 0.3,
             "window": 9,
             "window_range": (0, 15),
-            "group_size": 12,
-            "shared_noise": True,
-            "guidance": 1.0,
-            "clip": 1e-4,
-            "adv_clip": 5.0,
-            "advantage_std": "group",
-            "beta": 0.0,
+            **_FLUX,
         },
     ),
 }
