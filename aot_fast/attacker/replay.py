@@ -56,7 +56,7 @@ class Replayed(NamedTuple):
 
 
 def replay_batches(attacker: Attacker, items: Sequence[Item]) -> list[list[Item]]:
-    """Micro-batches of items of equal shape (velocity.num_pairs of them), equally many on every rank (padded with blank items)."""
+    """Micro-batches of items of equal shape (batching.num_pairs of them), equally many on every rank (padded with blank items)."""
     size = partial(_size, attacker.config)
     own = batches(items, size, lambda item: (tuple(item.encoding.shapes), item.step.velocity is None))
     padded = microbatches(attacker.runtime, own, 1)
