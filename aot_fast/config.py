@@ -219,6 +219,10 @@ class AttackerConfig:
     """Give every sample of a group the same start noise, so that the group differs only inside the window."""
     encode_once: bool = True
     """Encode a picture and its prompt once for the whole group, and keep the encoding. Off: for every sample, and no prefix is shared."""
+    gather: Literal["block", "rollout", "update"] = "rollout"
+    """What a rank holds whole of the transformer that ZeRO-3 has cut up (Qwen-Image-Edit in bf16: 41 GB). block: a block's weights while it
+    runs, also when sampling; least memory, a gather of all of them for every denoising step. rollout: all of them while it samples. update:
+    also for the micro-batches of an update, which otherwise gather them twice each."""
     shared_prefix: bool = True
     """With `shared_noise`, take the steps before the window once for the whole group. Off: for every sample; the same but for rounding."""
     encoding_bytes: int = 1 << 31

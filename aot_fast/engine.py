@@ -236,23 +236,26 @@ class Player:
         return self.config.lr * scale
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """The module with whole weights, no gradients and no ZeRO hooks: ranks may call it unequally often inside."""
+    def gathered(self, training: bool = False) -> Iterator[nn.Module]:
+        """The module with whole weights and no ZeRO hooks: ranks may call it unequally often inside, without gradients.
+
+        training: with gradients, through the engine as ever: one gather in place of two a micro-batch. The step is taken outside.
+        """
         import deepspeed
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
         hooks = self.engine.optimizer.parameter_offload
-        training = self.module.training
-        with torch.no_grad(), deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+        was_training = self.module.training
+        with torch.set_grad_enabled(training), deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             # All of them, the one at the start of the module's forward included: it is a collective, and ranks run unequally often here.
             for hook in (*hooks.forward_hooks, *hooks.backward_hooks, hooks.fwd_pre_hook):
                 hook.remove()
             hooks.forward_hooks, hooks.backward_hooks = [], []
-            self.module.eval()
+            self.module.train(training and was_training)
             try:
                 yield self.module
             finally:
-                self.module.train(training)
+                self.module.train(was_training)
                 for parameter in self.module.parameters():
                     parameter.ds_active_sub_modules.clear()
                 hooks.setup_zero_stage3_hooks()

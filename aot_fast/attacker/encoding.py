@@ -66,6 +66,15 @@ class Encoding:
         return passes * image + len(self.prompt) + (0 if self.negative is None else len(self.negative))
 
 
+def blank_encoding(attacker: Attacker) -> Encoding:
+    """The smallest there is: one target, one reference and one prompt token. For ranks that run along with nothing of their own."""
+    like = {"device": attacker.runtime.device, "dtype": attacker.runtime.dtype}
+    settings = attacker.player.module.config
+    tokens, prompt = torch.zeros(1, settings.in_channels, **like), torch.ones(1, settings.joint_attention_dim, **like)
+    negative = prompt if attacker.config.guidance > 1 else None
+    return Encoding(prompt, negative, tokens, (1, 1), attacker.unit, attacker.unit, (1, 1))
+
+
 def fit_size(width: int, height: int, pixels: int, unit: int) -> tuple[int, int]:
     """Height and width of about `pixels` area at the picture's aspect ratio, multiples of `unit` (at least one)."""
     wide = math.sqrt(pixels * width / height)

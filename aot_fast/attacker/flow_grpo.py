@@ -53,26 +53,27 @@ def update(attacker: Attacker, scored: Sequence[ScoredGroup]) -> dict[str, float
     ]
     count = runtime.all_reduce(torch.tensor(float(len(items)), device=runtime.device))
     parts, healthy = [], torch.ones((), dtype=torch.bool, device=runtime.device)
-    for batch in replay_batches(attacker, items):
-        now = replay(attacker, batch)
-        result = K.flow_policy_loss(
-            now.logp,
-            now.old_logp,
-            now.advantages,
-            clip=clip_range(config),
-            kl=now.kl,
-            beta=config.beta,
-            variant=config.variant,
-            drift=now.drift,
-            std=now.std,
-            dt=now.dt,
-            adv_clip=config.adv_clip,
-            mask=now.mask,
-            count=count,
-        )
-        player.backward(result.loss)
-        healthy &= result.loss.detach().isfinite()
-        parts.append(result.metrics | {"sum/loss": result.loss.detach(), "max/logp_mismatch": mismatch(now)})
+    with attacker.replaying():
+        for batch in replay_batches(attacker, items):
+            now = replay(attacker, batch)
+            result = K.flow_policy_loss(
+                now.logp,
+                now.old_logp,
+                now.advantages,
+                clip=clip_range(config),
+                kl=now.kl,
+                beta=config.beta,
+                variant=config.variant,
+                drift=now.drift,
+                std=now.std,
+                dt=now.dt,
+                adv_clip=config.adv_clip,
+                mask=now.mask,
+                count=count,
+            )
+            player.backward(result.loss)
+            healthy &= result.loss.detach().isfinite()
+            parts.append(result.metrics | {"sum/loss": result.loss.detach(), "max/logp_mismatch": mismatch(now)})
     if not parts:
         raise ValueError("no rank has a recorded step to train on: attacker.dynamics is ode, or every question was left out")
     done = player.step(healthy)

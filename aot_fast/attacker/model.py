@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ class Attacker:
         finally:
             if leaves:
                 self.text_encoder.to("cpu")
+
+    def sampling(self) -> AbstractContextManager:
+        """Around `sampler.sample`: whole weights without gradients, unless `config.gather` is block. A collective."""
+        return torch.no_grad() if self.config.gather == "block" else self.player.gathered()
+
+    def replaying(self) -> AbstractContextManager:
+        """Around the micro-batches of an update: whole weights where `config.gather` is update. A collective; the step is taken outside."""
+        return self.player.gathered(training=True) if self.config.gather == "update" else nullcontext()
 
     def save_extra(self) -> dict[str, torch.Tensor]:
         """This rank's state that the engine's checkpoint does not hold: the EMA's shards (host tensors)."""

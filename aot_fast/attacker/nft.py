@@ -63,11 +63,12 @@ def update(attacker: Attacker, scored: Sequence[ScoredGroup]) -> dict[str, float
 
     own = microbatches(runtime, batches(items, size, lambda item: tuple(item.encoding.shapes)), 1)
     total, healthy = torch.zeros((), device=runtime.device), torch.ones((), dtype=torch.bool, device=runtime.device)
-    for batch in own:
-        loss = nft_loss(attacker, batch[0] if batch else [_blank(attacker)]) / count
-        player.backward(loss)
-        healthy &= loss.detach().isfinite()
-        total += loss.detach()
+    with attacker.replaying():
+        for batch in own:
+            loss = nft_loss(attacker, batch[0] if batch else [_blank(attacker)]) / count
+            player.backward(loss)
+            healthy &= loss.detach().isfinite()
+            total += loss.detach()
     done = player.step(healthy)
     if done.applied and attacker.ema:
         attacker.ema.update()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import aot_fast.kernels as K
 from aot_fast.attacker.batching import batches, num_pairs
-from aot_fast.attacker.encoding import Encoding
+from aot_fast.attacker.encoding import Encoding, blank_encoding
 from aot_fast.attacker.model import Attacker
 from aot_fast.attacker.sampler import TrainedStep, guided
 from aot_fast.attacker.velocity import velocity
@@ -68,13 +68,9 @@ def _size(config: AttackerConfig, items: Sequence[Item]) -> int:
 
 
 def blank_item(attacker: Attacker) -> Item:
-    """The smallest item there is: one target and one reference token, one prompt token, weight zero."""
-    like = {"device": attacker.runtime.device, "dtype": attacker.runtime.dtype}
-    settings = attacker.player.module.config
-    tokens = torch.zeros(1, settings.in_channels, **like)
-    prompt = torch.ones(1, settings.joint_attention_dim, **like)
-    size = (attacker.unit, attacker.unit)
-    encoding = Encoding(prompt, prompt if attacker.config.guidance > 1 else None, tokens, (1, 1), *size, (1, 1))
+    """A step of the blank encoding, of weight zero."""
+    encoding = blank_encoding(attacker)
+    tokens = encoding.reference
     zero = torch.zeros((), device=attacker.runtime.device)
     step = TrainedStep(tokens, tokens, 0.5, 0.25, 0.75, zero, tokens if attacker.config.variant in ("guard", "dppo") else None)
     return Item(encoding, step, zero, weight=False)

@@ -63,7 +63,7 @@ def rollout(
     repeated = [encoding for encoding in encodings for _ in range(count // copies)]
     window = draw_window(config, step, *base) if train and config.dynamics != "ode" else None
     averaged = attacker.ema.applied() if attacker.ema and not train else nullcontext()
-    with averaged, attacker.player.gathered():
+    with averaged, attacker.sampling():
         samples = sample(attacker, repeated, starts, noises, window)
     watch.mark("denoise")
     pictures = decode(attacker, [made.latents for made in samples], repeated)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import aot_fast.kernels as K
 from aot_fast.attacker.batching import batches
-from aot_fast.attacker.encoding import Encoding
+from aot_fast.attacker.encoding import Encoding, blank_encoding
 from aot_fast.attacker.model import Attacker
 from aot_fast.attacker.velocity import Velocity, velocity
 from aot_fast.config import AttackerConfig
-from aot_fast.engine import seed_of
+from aot_fast.engine import evened, seed_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sample:
 def sample(
     attacker: Attacker, encodings: Sequence[Encoding], start_seeds: Sequence[int], step_seeds: Sequence[int], window: tuple[int, int] | None
 ) -> list[Sample]:
-    """One `Sample` for each encoding; call it inside `attacker.player.gathered()`.
+    """One `Sample` for each encoding; call it inside `attacker.sampling()`. With `config.gather` block it is a collective.
 
     start_seeds: of the start noise; equal seeds give equal noise. step_seeds: each step's noise derives from (step seed, step).
     window: steps [start, stop) that follow `config.dynamics`; the others, or all when it is None, are ODE steps. The ODE steps before the
@@ -66,22 +66,24 @@ def sample(
     owners = {start: i for i, start in reversed(list(enumerate(starts)))}  # the first sample that starts so
     begun: dict[int, Tensor] = {}
     for indices in _alike(attacker, encodings, owners.values()):
-        picked = [encodings[i] for i in indices]
-        x = start_noise(attacker, picked[0], [start_seeds[i] for i in indices])
+        picked = [encodings[i] for i in indices] or [blank_encoding(attacker)]
+        x = start_noise(attacker, picked[0], [start_seeds[i] for i in indices] or [0])
         begun |= zip(indices, _denoise(attacker, picked, x, [], range(first), (0, 0))[0])
     made: list[Sample | None] = [None] * len(encodings)
+    steps = range(first, attacker.config.num_steps)
     for indices in _alike(attacker, encodings, range(len(encodings))):
-        x = torch.stack([begun[owners[starts[i]]] for i in indices])
-        picked = ([values[i] for i in indices] for values in (encodings, step_seeds))
-        steps = range(first, attacker.config.num_steps)
-        x, records = _denoise(attacker, next(picked), x, next(picked), steps, (first, last))
+        picked = [encodings[i] for i in indices] or [blank_encoding(attacker)]
+        x = torch.stack([begun[owners[starts[i]]] for i in indices]) if indices else picked[0].reference[None]
+        x, records = _denoise(attacker, picked, x, [step_seeds[i] for i in indices] or [0], steps, (first, last))
         for i, latents, recorded in zip(indices, x, zip(*records) if records else [()] * len(x)):
             made[i] = Sample(latents, tuple(recorded))
     return made
 
 
 def _alike(attacker: Attacker, encodings: Sequence[Encoding], indices: Iterable[int]) -> list[list[int]]:
-    return batches(list(indices), attacker.config.rollout_batch, lambda i: tuple(encodings[i].shapes))
+    """What is denoised together; where every forward is a collective, as often on every rank (an empty batch: along with the others)."""
+    own = batches(list(indices), attacker.config.rollout_batch, lambda i: tuple(encodings[i].shapes))
+    return evened(attacker.runtime, own) if attacker.config.gather == "block" else own
 
 
 def _denoise(
@@ -89,11 +91,12 @@ def _denoise(
 ) -> tuple[Tensor, list[list[TrainedStep]]]:
     """x [B, N, 4c] after `steps`, and of each step inside the window what is recorded of every sample."""
     config = attacker.config
+    forward = attacker.player if config.gather == "block" else attacker.player.module
     sigmas = schedule(attacker, x.shape[1])
     records: list[list[TrainedStep]] = []
     for k in steps:
         stochastic = window[0] <= k < window[1]
-        now = velocity(attacker.player.module, encodings, x, [sigmas[k]] * len(x), config.guidance > 1)
+        now = velocity(forward, encodings, x, [sigmas[k]] * len(x), config.guidance > 1)
         step = K.flow_step(
             x,
             now.v,

@@ -34,6 +34,12 @@ def scenario(folder, runtime):
         groups = rollout(attacker, examples(count), seed=0, round=1, step=count)
         metrics, found = gradients(attacker, scored(groups))
         result[count] = {"edits": edits_of(groups, runtime), "metrics": metrics, "gradients": found}
+    for gather in ("block", "update"):
+        other = replace(attacker, config=replace(attacker.config, gather=gather))
+        for count in (3, 1):
+            groups = rollout(other, examples(count), seed=0, round=1, step=count)
+            metrics, found = gradients(other, scored(groups))
+            result[gather, count] = {"edits": edits_of(groups, runtime), "metrics": metrics, "gradients": found}
     groups = rollout(attacker, examples(3), seed=0, round=1, step=3)
     result["update"] = update(attacker, scored(groups))
     result["weights_after"] = whole_state(attacker.player, trainable_only=True)

@@ -41,6 +41,18 @@ def test_edits_and_gradients_are_the_same(worlds, count):
         assert value == pytest.approx(two["metrics"][name], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("gather", ["block", "update"])
+@pytest.mark.parametrize("count", [3, 1])
+def test_where_weights_are_gathered_changes_nothing(worlds, gather, count):
+    for world in worlds:
+        plain, other = world[count], world[gather, count]
+        same_edits(plain["edits"], other["edits"])
+        assert other["metrics"]["logp_mismatch"] <= 1e-5
+        scale = max(float(gradient.abs().max()) for gradient in plain["gradients"].values())
+        for name, gradient in plain["gradients"].items():
+            assert (gradient - other["gradients"][name]).abs().max() < 1e-6 * scale  # whole weights lie elsewhere in memory: sums in other blocks
+
+
 def same_edits(one, two):
     assert one.keys() == two.keys()
     for key, samples in one.items():
