@@ -13,6 +13,7 @@ import traceback
 from aot_fast.attacker import flow_grpo, nft
 from aot_fast.attacker.counters import counters
 from aot_fast.attacker.model import export_attacker
+from aot_fast.attacker.old_logp import anchored, by_step
 from aot_fast.attacker.rollout import rollout
 from aot_fast.config import Config
 from aot_fast.curation import attackable, curate, promising, read_curated
@@ -53,8 +54,10 @@ def train_attacker(game: Game, questions: Pictures) -> None:
     """Flow-GRPO against the frozen Defender, on questions that it answers rightly on the clean picture and its round trip."""
     config, attacker, defender = game.config, game.attacker, game.defender
     defender.player.offload()
-    while game.cursor.step < config.game.attacker_steps:
-        drawn = game.stream.draw(config.attacker.prompts_per_step, len(questions))
+    update = (nft if config.attacker.variant == "nft" else flow_grpo).update
+    while (left := config.game.attacker_steps - game.cursor.step) > 0:
+        num_steps = min(left, config.attacker.steps_per_rollout)
+        drawn = game.stream.draw(config.attacker.prompts_per_step * num_steps, len(questions))
         examples = Pictures([questions.rows[index] for _, index in drawn], questions.split)  # each rank reads its own
         place = {"seed": config.run.seed, "round": game.cursor.round, "step": game.cursor.step}
         with game.spans("attack/rollout"):
@@ -62,11 +65,13 @@ def train_attacker(game: Game, questions: Pictures) -> None:
         with game.spans("attack/reward"), defender.whole():  # only now: the two players are never whole at the same time
             scored = flow_grpo.judged(groups, config.reward, answerer(defender), judge_of(game), likelihood(defender))
         with game.spans("attack/update"):
-            game.runtime.barrier()  # so that nobody's update is seen to take as long as another's rewards
-            start = time.perf_counter()
-            metrics = (nft if config.attacker.variant == "nft" else flow_grpo).update(attacker, scored)
-            metrics |= counters(attacker, groups, time.perf_counter() - start)  # the step has just waited for the device
-        game.advance([metrics])
+            rows = []
+            for part in anchored(attacker, by_step(attacker, scored, num_steps)):
+                game.runtime.barrier()  # so that nobody's update is seen to take as long as another's rewards
+                start = time.perf_counter()
+                metrics = update(attacker, part)  # which waits for the device at its end
+                rows.append(metrics | counters(attacker, [one.group for one in part], time.perf_counter() - start, 1 / num_steps))
+        game.advance(rows)
     defender.player.reload()
 
 

@@ -235,6 +235,11 @@ class AttackerConfig:
     group_size: int = 16
     prompts_per_step: int = 16
     """Groups an optimizer step trains on, over all ranks."""
+    steps_per_rollout: int = 1
+    """Optimizer steps on one rollout of steps_per_rollout * prompts_per_step groups (flow_grpo's own recipes: 2)."""
+    old_logp: Literal["rollout", "recompute"] = "rollout"
+    """Old log-probs of the ratio: those recorded while sampling, or the trainer's own under the sampling weights in the update's own
+    micro-batches, which round as the update does (one more forward pass for all optimizer steps of a rollout but the first)."""
     probe_edits: int = 0
     """Edits of every attackable question before a round's training, to see where the Attacker can earn anything; 0: none."""
     probe_share: float = 0.5

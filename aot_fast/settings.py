@@ -260,7 +260,7 @@ POSITIVE = (
     "defender.tokens_per_microbatch defender.prefetch_bytes "
     "defender.max_prompt_tokens defender.max_response_tokens defender.optimizer.lr "
     "attacker.optimizer.lr attacker.num_steps attacker.group_size attacker.prompts_per_step attacker.rollout_batch "
-    "attacker.microbatch attacker.decode_batch attacker.window_stays attacker.target_pixels attacker.reference_pixels "
+    "attacker.steps_per_rollout attacker.microbatch attacker.decode_batch attacker.window_stays attacker.target_pixels attacker.reference_pixels "
     "attacker.condition_pixels attacker.guidance reward.trials reward.efficacy_temperature curation.num_questions "
     "curation.edits_per_question checkpoint.every checkpoint.keep metrics.every"
 ).split()

@@ -142,6 +142,17 @@ def test_two_ranks_give_the_figures_of_one(unbroken, tmp_path):
     shutil.rmtree(tmp_path)
 
 
+def test_two_attack_steps_train_on_one_rollout(tmp_path):
+    """The third step has a rollout of its own; where the weights have moved, the ratio has."""
+    more = ["--attacker.steps_per_rollout", "2", "--attacker.old_logp", "recompute", "--run.stop_after", "4"]
+    done = play(tmp_path, *more, ranks=1)
+    assert done.returncode == 0, done.stderr[-6000:]
+    rows = [row for row in rows_of(tmp_path) if row["phase"] == "attack"]
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["groups"] == 2 for row in rows)
+    assert max(row["logp_mismatch"] for row in rows) <= 1e-5
+    assert rows[0]["kl"] == rows[2]["kl"] == 0 < rows[1]["kl"]
+
+
 def test_the_judge_counts_with_the_model_that_the_settings_name(runtime):
     game = SimpleNamespace(config=load("tiny", []), runtime=runtime, _judge=None, first_defender=lambda: "first")
     judge = Game.judging_defender(game)

@@ -42,8 +42,10 @@ class Stopwatch:
         return {name: end - start for (_, start), (name, end) in zip(self._marks, self._marks[1:])}
 
 
-def counters(attacker: Attacker, groups: Sequence[Group], update_seconds: float) -> dict[str, float]:
+def counters(attacker: Attacker, groups: Sequence[Group], update_seconds: float, rollout_share: float = 1.0) -> dict[str, float]:
     """Of all ranks, for their groups of one optimizer step; seconds are the slowest rank's. `mfu` where the card's peak is known.
+
+    rollout_share: of the last rollout's seconds, where several optimizer steps train on it.
 
     A collective. Operations are those that were needed: recomputation is left out. images_per_s leaves out what rewards take.
     """
@@ -59,7 +61,9 @@ def counters(attacker: Attacker, groups: Sequence[Group], update_seconds: float)
         else:
             steps = sum(len(sample.steps) for sample in group.samples)
             trained += steps * (flops.training_flops(one, lora) + (one.total if attacker.config.beta else 0))
-    stages = {f"{name}/seconds": value for name, value in attacker.stopwatch.seconds().items()} | {"update/seconds": update_seconds}
+    stages = {f"{name}/seconds": rollout_share * value for name, value in attacker.stopwatch.seconds().items()} | {
+        "update/seconds": update_seconds
+    }
     sums = {"rollout/tflop": sampled / 1e12, "update/tflop": trained / 1e12, "images": float(sum(len(g.samples) for g in groups))}
     named = {f"sum/{name}": torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
     named |= {f"max/{name}": torch.tensor(value, dtype=torch.float64) for name, value in stages.items()}

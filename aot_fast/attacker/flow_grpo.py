@@ -10,7 +10,7 @@ from torch import Tensor
 
 import aot_fast.kernels as K
 from aot_fast.attacker.model import Attacker
-from aot_fast.attacker.replay import Item, Replayed, replay, replay_batches
+from aot_fast.attacker.replay import Item, replay, replay_batches
 from aot_fast.attacker.reward import Answerer, Judge, Likelihood, score
 from aot_fast.attacker.rollout import Group
 from aot_fast.config import AttackerConfig, RewardConfig
@@ -73,7 +73,7 @@ def update(attacker: Attacker, scored: Sequence[ScoredGroup]) -> dict[str, float
             )
             player.backward(result.loss)
             healthy &= result.loss.detach().isfinite()
-            parts.append(result.metrics | {"sum/loss": result.loss.detach(), "max/logp_mismatch": mismatch(now)})
+            parts.append(result.metrics | {"sum/loss": result.loss.detach(), "max/logp_mismatch": now.mismatch.max()})
     if not parts:
         raise ValueError("no rank has a recorded step to train on: attacker.dynamics is ode, or every question was left out")
     done = player.step(healthy)
@@ -105,11 +105,6 @@ def group_advantages(attacker: Attacker, scored: Sequence[ScoredGroup]) -> tuple
     metrics = dict(zip(("reward", "q", "u", "e"), good.mean(0).tolist())) | {"reward/std": good[:, 0].std(correction=0).item()}
     counts = {"groups": len(sizes), "groups/degenerate": int(made.degenerate.sum()), "samples/quarantined": int(made.num_nonfinite)}
     return list(rows), metrics | {name: float(value) for name, value in counts.items()}
-
-
-def mismatch(now: Replayed) -> Tensor:
-    """Largest |replayed log-prob - the rollout's| where the weights have not moved since (DESIGN.md rule 4)."""
-    return torch.where(now.mask & now.fresh, (now.logp - now.old_logp).detach().abs(), 0.0).max()
 
 
 def reduced(runtime: Runtime, local: dict[str, Tensor]) -> dict[str, float]:

@@ -122,6 +122,11 @@ def _check(config: AttackerConfig) -> None:
     low, high = config.window_range
     if config.beta > 0 and not config.lora.rank:
         raise ValueError(f"attacker.beta = {config.beta} needs attacker.lora.rank > 0: the KL's reference is the adapter switched off")
+    if config.variant == "nft" and config.steps_per_rollout > 1:
+        raise ValueError(
+            f"attacker.steps_per_rollout = {config.steps_per_rollout} with attacker.variant = nft: its loss holds for the weights that "
+            "sampled; set it to 1"
+        )
     if config.dynamics != "ode" and config.eta <= 0:
         raise ValueError(f"attacker.eta = {config.eta}: must be above 0, or {config.dynamics} has no noise and no log-prob to train on")
     if config.dynamics != "ode" and not 0 <= low <= high - config.window <= config.num_steps - 1 - config.window:

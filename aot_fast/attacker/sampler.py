@@ -38,6 +38,8 @@ class TrainedStep:
     """0-d fp32, recorded at the rollout."""
     velocity: Tensor | None
     """[N, 4c] guided velocity of the rollout's policy; kept for the variants that need its drift."""
+    trainer_logp: Tensor | None = None
+    """0-d fp32: the trainer's own under the same weights, where it was asked for (old_logp.py)."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def test_where_weights_are_gathered_changes_nothing(worlds, gather, count):
         assert other["metrics"]["logp_mismatch"] <= 1e-5
         scale = max(float(gradient.abs().max()) for gradient in plain["gradients"].values())
         for name, gradient in plain["gradients"].items():
-            assert (gradient - other["gradients"][name]).abs().max() < 1e-6 * scale  # whole weights lie elsewhere in memory: sums in other blocks
+            # Whole weights lie elsewhere in memory, and products are summed in other blocks.
+            assert (gradient - other["gradients"][name]).abs().max() < 1e-6 * scale
 
 
 def same_edits(one, two):
