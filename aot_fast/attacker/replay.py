@@ -22,7 +22,6 @@ from aot_fast.attacker.velocity import velocity
 from aot_fast.config import AttackerConfig
 from aot_fast.engine import adapter_off, microbatches
 
-
 DRIFTING = ("guard", "dppo")
 """Variants of the loss that ask how far the mean has moved since the rollout."""
 
@@ -131,7 +130,7 @@ def replay(attacker: Attacker, items: Sequence[Item]) -> Replayed:
 
 
 def _old_logp(config: AttackerConfig, steps: Sequence[TrainedStep], logp: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] old log-probs of the ratio, and how far the trainer's own under the sampling weights, where there are any, lie from the rollout's."""
+    """[B] old log-probs of the ratio; and |trainer's own under the sampling weights - the rollout's|, 0 where there are none such."""
     recorded = torch.stack([step.logp for step in steps])
     own = torch.stack([step.logp if step.trainer_logp is None else step.trainer_logp for step in steps])
     own = torch.where(fresh, logp, own)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aot_fast.attacker.flow_grpo import ScoredGroup, update
-from aot_fast.attacker.old_logp import by_step, anchored
+from aot_fast.attacker.old_logp import anchored, by_step
 from aot_fast.attacker.rollout import rollout
 from aot_fast.config import OptimizerConfig
 from tests.attacker.rollouts import examples, gradients, scored
