@@ -8,7 +8,7 @@ communication, and no rank ever holds the whole model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,17 +47,24 @@ def is_plus(folder: Path) -> bool:
 
 def partitioned_transformer(folder: Path, config: AttackerConfig, engine: EngineConfig, runtime: Runtime) -> nn.Module:
     """`folder`'s QwenImageTransformer2DModel, of which this rank holds its ZeRO-3 slice. Raises ValueError naming bad weights."""
-    import deepspeed
     from diffusers import QwenImageTransformer2DModel
 
     settings = QwenImageTransformer2DModel.load_config(folder)
     if settings.get("guidance_embeds"):
         raise ValueError(f"attacker.model: {folder} is guidance-distilled (guidance_embeds); its guidance input is not supported")
-    # The precision has to come through the DeepSpeed config: zero.Init(dtype=torch.float32) alone gives bf16 on a CPU.
-    with deepspeed.zero.Init(config_dict_or_path=zero_config(engine, runtime, config.optimizer)):
-        model = QwenImageTransformer2DModel.from_config(settings)
+    model = fresh_transformer(settings, config, engine, runtime)
     fill(model, folder, runtime.rank)
     return model
+
+
+def fresh_transformer(settings: Mapping[str, Any], config: AttackerConfig, engine: EngineConfig, runtime: Runtime) -> nn.Module:
+    """A QwenImageTransformer2DModel of `settings` as its constructor starts it, of which this rank holds its ZeRO-3 slice."""
+    import deepspeed
+    from diffusers import QwenImageTransformer2DModel
+
+    # The precision has to come through the DeepSpeed config: zero.Init(dtype=torch.float32) alone gives bf16 on a CPU.
+    with deepspeed.zero.Init(config_dict_or_path=zero_config(engine, runtime, config.optimizer)):
+        return QwenImageTransformer2DModel.from_config(settings)
 
 
 def fill(model: nn.Module, folder: Path, rank: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,6 +92,21 @@ def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime
     folder = find_pipeline(config)
     plus = is_plus(folder)
     transformer = partitioned_transformer(folder / "transformer", config, engine, runtime)
+    on_disk = run_folder / config.encoding_folder if run_folder and config.encoding_folder else None
+    encodings = Encodings(config, folder, runtime.dtype, on_disk)
+    return build_attacker(transformer, frozen_parts(folder, runtime), encodings, config, engine, runtime, plus)
+
+
+def build_attacker(
+    transformer: nn.Module,
+    parts: Mapping[str, Any],
+    encodings: Encodings,
+    config: AttackerConfig,
+    engine: EngineConfig,
+    runtime: Runtime,
+    plus: bool = False,
+) -> Attacker:
+    """An Attacker from a partitioned transformer and the frozen `parts` (loading.frozen_parts): LoRA if asked, the engine, the rest."""
     if config.lora.rank:
         _add_lora(transformer, config)
         # Adapters are fp32 over a base in the compute dtype; the engine then keeps fp32 gradients and communicates them so.
@@ -100,18 +115,14 @@ def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime
         trainer = build_player("attacker", transformer, config.optimizer, engine, runtime)
     if config.gradient_checkpointing:
         trainer.module.enable_gradient_checkpointing()
-    ema = Ema(trainer, config.ema_decay) if config.ema_decay else None
-    parts = frozen_parts(folder, runtime)
     if config.still_vae:
         use_image_convolutions(parts["vae"])
-    on_disk = run_folder / config.encoding_folder if run_folder and config.encoding_folder else None
-    encodings = Encodings(config, folder, runtime.dtype, on_disk)
     return Attacker(
         player=trainer,
         config=config,
         plus=plus,
         runtime=runtime,
-        ema=ema,
+        ema=Ema(trainer, config.ema_decay) if config.ema_decay else None,
         encodings=encodings,
         stopwatch=Stopwatch(runtime.device),
         **parts,
