@@ -101,6 +101,21 @@ def test_gathered_weights_are_whole_and_training_goes_on_after(runtime):
     assert step(player, X).applied
 
 
+def test_one_rank_works_with_its_partitions_and_no_second_copy(runtime):
+    """What makes a 41 GB model fit a card of 80 GB: while sampling, and while training."""
+
+    def same(module):
+        return all(p.data_ptr() == p.ds_tensor.data_ptr() for p in module.parameters(recurse=False))
+
+    player, seen = toy(runtime), []
+    with player.gathered() as module:
+        assert all(same(part) for part in module)
+    for part in player.module:
+        part.register_forward_pre_hook(lambda part, _: seen.append(same(part)))
+    step(player, X)
+    assert seen == [True] * 3
+
+
 def test_learning_rate_warms_up_and_is_not_advanced_by_a_skipped_step(runtime):
     player = toy(runtime, warmup_steps=4)
     rates = [step(player, X, poison=k == 1).lr for k in range(4)]
