@@ -2,6 +2,7 @@
 
     python bench/attacker.py --json bench/results/cpu/attacker.json
     python bench/attacker.py --plan
+    python bench/attacker.py --model qwen_image_edit --published --json FILE     a GPU: attacker_true_shape.py, which says what it measures
 
 The bundled small pipeline, a real DeepSpeed ZeRO-3 engine of one process. Both sides do the same work: same pictures, window, reference
 size and guidance, the same samples and gradients (compared before anything is timed; no ratio is given where they differ); rewards are
@@ -25,22 +26,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+import attacker_true_shape  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+from attacker_true_shape import SHAPES, encoder_config  # noqa: E402
+from attacker_work import forget, questions, rewarded, write  # noqa: E402
 from run import machine  # noqa: E402
 from timing import peak_bytes, synchronize  # noqa: E402
 
 from aot_fast.attacker import flops  # noqa: E402
-from aot_fast.attacker.encoding_cache import Encodings  # noqa: E402
-from aot_fast.attacker.flow_grpo import ScoredGroup, update  # noqa: E402
+from aot_fast.attacker.flow_grpo import update  # noqa: E402
 from aot_fast.attacker.model import Attacker, load_attacker  # noqa: E402
 from aot_fast.attacker.recipes import RECIPES  # noqa: E402
-from aot_fast.attacker.rollout import Group, rollout  # noqa: E402
+from aot_fast.attacker.rollout import rollout  # noqa: E402
 from aot_fast.attacker.sampler import draw_window  # noqa: E402
 from aot_fast.config import AttackerConfig, EngineConfig, LoraConfig, OptimizerConfig, RunConfig  # noqa: E402
-from aot_fast.data.schema import Example, Question, Verdict, edit_prompt  # noqa: E402
+from aot_fast.data.schema import Example, edit_prompt  # noqa: E402
 from aot_fast.engine import close_runtime, open_runtime  # noqa: E402
-from aot_fast.models import model_folder  # noqa: E402
 from aot_fast.settings import load  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -55,33 +56,50 @@ LEVERS = {
 """What each lever's absence is. Without encode_once no two samples have the same encoding, and none shares a prefix either."""
 
 
+DEFAULTS = {"group": (8, 16), "prompts": (4, 1), "repeats": (5, 3)}
+"""Of the bundled pipeline, and of a shape of attacker_true_shape.py."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", action="store_true", help="count the operations of an epoch; runs nothing")
-    parser.add_argument("--group", type=int, default=8, help="samples a prompt")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts a step")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps")
-    parser.add_argument("--window", type=int, default=3, help="stochastic, trained steps")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--json", type=Path, default=None, help="file for the result")
-    parser.add_argument("--commit", default="", help="written into the result; default: git's word")
-    args = parser.parse_args()
+    args = arguments()
     if args.plan:
         print(plan())
         return
     runtime = open_runtime(EngineConfig(), RunConfig(threads=args.threads))
-    attacker = load_attacker(config_of(args), EngineConfig(), runtime)
-    disturb(attacker)
-    asked = questions(args.prompts)
     result = {"command": shlex.join(["python", "bench/attacker.py", *sys.argv[1:]]), "machine": machine(runtime.device.type, args.commit)}
     result |= {"threads": torch.get_num_threads(), "work": vars(args) | {"json": str(args.json)}}
-    result |= compare_steps(attacker, asked, args.repeats) | compare_recipes(attacker, asked, args.repeats)
-    print(json.dumps({name: value for name, value in result.items() if name not in ("raw", "machine", "work")}, indent=1))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.model in SHAPES:
+        result = attacker_true_shape.measure(args, runtime, result)
+    else:
+        attacker = load_attacker(config_of(args), EngineConfig(), runtime)
+        disturb(attacker)
+        asked = questions(args.prompts)
+        result |= compare_steps(attacker, asked, args.repeats) | compare_recipes(attacker, asked, args.repeats)
+    write(result, args.json)
+    print(json.dumps({name: value for name, value in result.items() if name not in ("raw", "machine", "work", "settings")}, indent=1))
     close_runtime()
+    if "failed" in result.get("ours", {}):
+        sys.exit(1)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", action="store_true", help="count the operations of an epoch; runs nothing")
+    parser.add_argument("--model", choices=("small", *SHAPES), default="small", help="small: the bundled pipeline")
+    parser.add_argument("--group", type=int, default=None, help="samples a prompt; 8, at the true shape 16")
+    parser.add_argument("--prompts", type=int, default=None, help="prompts a step; 4, at the true shape 1")
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps")
+    parser.add_argument("--window", type=int, default=3, help="stochastic, trained steps")
+    parser.add_argument("--repeats", type=int, default=None, help="steps that count; 5, at the true shape 3")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--json", type=Path, default=None, help="file for the result")
+    parser.add_argument("--commit", default="", help="written into the result; default: git's word")
+    attacker_true_shape.add_arguments(parser)
+    args = parser.parse_args()
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[args.model in SHAPES])
+    return args
 
 
 def config_of(args: argparse.Namespace) -> AttackerConfig:
@@ -113,14 +131,6 @@ def disturb(attacker: Attacker) -> None:
     with deepspeed.zero.GatheredParameters(trained, modifier_rank=0), torch.no_grad():
         for parameter in trained:
             parameter += 0.02 * torch.randn(parameter.shape, generator=made).to(parameter.device)
-
-
-def questions(count: int) -> list[Example]:
-    """About coloured tiles."""
-    made = torch.Generator().manual_seed(0)
-    tiles = torch.randint(0, 255, (count, 6, 6, 3), generator=made, dtype=torch.uint8)
-    images = [Image.fromarray(t.numpy()).resize((64, 64), Image.Resampling.NEAREST) for t in tiles]
-    return [Example(Question(str(i), f"{i}.png", f"How many red circles are there? {i}", "0"), image) for i, image in enumerate(images)]
 
 
 # The same work
@@ -161,7 +171,7 @@ def changed(attacker: Attacker, **changes: object) -> Attacker:
 
 def step(attacker: Attacker, asked: list[Example], turn: int) -> dict[str, float]:
     """Seconds of sampling and of the update. No encoding is known from a step before."""
-    attacker.encodings = Encodings(attacker.config, model_folder(attacker.config.model, "", "model"), attacker.runtime.dtype)
+    forget(attacker)
     device = attacker.runtime.device.type
     synchronize(device)
     start = time.perf_counter()
@@ -171,14 +181,6 @@ def step(attacker: Attacker, asked: list[Example], turn: int) -> dict[str, float
     update(attacker, [rewarded(group) for group in groups])
     synchronize(device)
     return {"rollout": between - start, "update": time.perf_counter() - between}
-
-
-def rewarded(group: Group) -> ScoredGroup:
-    """Rewards that differ inside the group."""
-    rewards = [((7 * j) % 5) / 4 for j in range(len(group.edits))]
-    return ScoredGroup(
-        group, tuple(Verdict(e.example.question.id, "", 0, 1, (1.0,), 1.0, 1.0, r, (), r, True) for e, r in zip(group.edits, rewards))
-    )
 
 
 def gradients_of(attacker: Attacker, asked: list[Example], turn: int) -> torch.Tensor:
@@ -246,16 +248,7 @@ def operations(attacker: Attacker, asked: list[Example], turns: Sequence[int]) -
 
 # Plan
 
-TRUE_SHAPE = {
-    "num_layers": 60,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 3584,
-    "in_channels": 64,
-    "out_channels": 16,
-    "patch_size": 2,
-}
-"""Qwen-Image-Edit's transformer."""
+TRUE = SHAPES["qwen_image_edit"]
 WORDS = 60
 """Tokens of a prompt's own words and of what the template adds after its system turn."""
 IMAGES = 512
@@ -296,27 +289,12 @@ def recipe(
     tokens = flops.Tokens(512**2 // 16**2, reference // 16**2, text, text if guided else 0)
     work = flops.Work(IMAGES // group, group, tokens, steps - shared, shared, trained, True, True, False, IMAGES if each_encoded else 0)
     side = int(condition**0.5) // 28 * 28
-    encoder = flops.text_encoder_flops(encoder_config(), (side, side), text + 64) * (2 if guided else 1)
-    vae = json.dumps(
-        {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
-    )
+    encoder = flops.text_encoder_flops(encoder_config(TRUE), (side, side), text + 64) * (2 if guided else 1)
+    vae = json.dumps(TRUE.vae)
     still = not each_encoded  # the published recipe runs the video VAE as it is
     wide = int(reference**0.5)
     encoding = encoder + flops.vae_flops(vae, wide, wide, True, still)
-    return flops.step_flops(TRUE_SHAPE, work, encoding, flops.vae_flops(vae, 512, 512, False, still))
-
-
-def encoder_config():
-    """Qwen2.5-VL-7B."""
-    from transformers import Qwen2_5_VLConfig
-
-    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584, "patch_size": 14}
-    return Qwen2_5_VLConfig(
-        text_config=text | {"vocab_size": 152_064, "rope_parameters": rope},
-        vision_config=vision | {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
-    )
+    return flops.step_flops(TRUE.transformer, work, encoding, flops.vae_flops(vae, 512, 512, False, still))
 
 
 if __name__ == "__main__":
