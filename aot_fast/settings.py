@@ -259,10 +259,10 @@ POSITIVE = (
     "defender.steps_per_rollout defender.max_generation_batches defender.rollout_batch defender.microbatch defender.head_chunk_rows "
     "defender.tokens_per_microbatch defender.prefetch_bytes "
     "defender.max_prompt_tokens defender.max_response_tokens defender.optimizer.lr "
-    "attacker.optimizer.lr attacker.num_steps attacker.group_size attacker.prompts_per_step attacker.steps_per_rollout attacker.rollout_batch "
-    "attacker.microbatch attacker.decode_batch attacker.window_stays attacker.target_pixels attacker.reference_pixels "
-    "attacker.condition_pixels attacker.guidance reward.trials reward.efficacy_temperature curation.num_questions "
-    "curation.edits_per_question checkpoint.every checkpoint.keep metrics.every"
+    "attacker.optimizer.lr attacker.num_steps attacker.group_size attacker.prompts_per_step attacker.rollout_batch "
+    "attacker.steps_per_rollout attacker.microbatch attacker.decode_batch attacker.window_stays attacker.target_pixels "
+    "attacker.reference_pixels attacker.condition_pixels attacker.guidance reward.trials reward.efficacy_temperature "
+    "curation.num_questions curation.edits_per_question checkpoint.every checkpoint.keep metrics.every"
 ).split()
 UNIT = (
     "defender.top_p attacker.ema_decay attacker.probe_share curation.clean_share curation.replay_share curation.hard_share "

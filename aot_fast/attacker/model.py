@@ -115,6 +115,8 @@ def build_attacker(
         trainer = build_player("attacker", transformer, config.optimizer, engine, runtime)
     if config.gradient_checkpointing:
         trainer.module.enable_gradient_checkpointing()
+    if config.compile_blocks:
+        trainer.module.compile_repeated_blocks(fullgraph=True)
     if config.still_vae:
         use_image_convolutions(parts["vae"])
     return Attacker(
@@ -133,6 +135,10 @@ def _check(config: AttackerConfig) -> None:
     low, high = config.window_range
     if config.beta > 0 and not config.lora.rank:
         raise ValueError(f"attacker.beta = {config.beta} needs attacker.lora.rank > 0: the KL's reference is the adapter switched off")
+    if config.compile_blocks and config.gather != "update":
+        raise ValueError(
+            f"attacker.compile_blocks needs attacker.gather = update, not {config.gather}: ZeRO's hooks inside a block cannot be compiled"
+        )
     if config.variant == "nft" and config.steps_per_rollout > 1:
         raise ValueError(
             f"attacker.steps_per_rollout = {config.steps_per_rollout} with attacker.variant = nft: its loss holds for the weights that "

@@ -199,3 +199,33 @@ def test_the_vaes_operations_depend_on_its_convolutions():
     settings = dict(base_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True])
     whole, still = (flops.vae_flops(json.dumps(settings), 64, 64, True, still) for still in (False, True))
     assert 2 < whole / still < 3.1  # of three time slices one is left, and attention has none
+
+
+# Compiled blocks
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_train_alike(backend, base_config, load, monkeypatch):
+    """Every block a whole graph, for pictures of two sizes, with and without the adapter (beta); aot_eager takes no compiler's minute."""
+    from diffusers import QwenImageTransformer2DModel
+
+    compile_blocks = QwenImageTransformer2DModel.compile_repeated_blocks
+    monkeypatch.setattr(
+        QwenImageTransformer2DModel, "compile_repeated_blocks", lambda self, **how: compile_blocks(self, backend=backend, **how)
+    )
+    config = replace(base_config, lora=LORA, gather="update", beta=0.1)
+    made = []
+    for compiled in (False, True):
+        attacker = load(replace(config, compile_blocks=compiled), seed=1)
+        groups = rollout(attacker, examples(2), **PLACE)
+        metrics, found = gradients(attacker, scored(groups))
+        assert metrics["logp_mismatch"] <= 1e-5
+        made.append((torch.cat([s.latents.flatten() for g in groups for s in g.samples]), found))
+    norm = torch.cat([x.flatten() for x in made[0][1].values()]).norm()
+    assert far(made[1][0], made[0][0]) < 1e-5
+    assert norm > 0 and max(float((made[1][1][name] - x).norm() / norm) for name, x in made[0][1].items()) < 1e-5
+
+
+def test_blocks_are_not_compiled_around_zeros_hooks(base_config, load):
+    with pytest.raises(ValueError, match="compile_blocks needs attacker.gather = update, not rollout"):
+        load(replace(base_config, compile_blocks=True))
