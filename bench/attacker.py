@@ -238,8 +238,8 @@ def operations(attacker: Attacker, asked: list[Example], turns: Sequence[int]) -
     """Of the transformer in a turn, on average."""
     config = attacker.config
     [encoding] = attacker.encodings(attacker, [asked[0].image], [edit_prompt(asked[0].question.question)])
-    image = [height * width for _, height, width in encoding.shapes]
-    tokens = flops.Tokens(*image, len(encoding.prompt), 0 if encoding.negative is None else len(encoding.negative))
+    target = encoding.size[0] * encoding.size[1]
+    tokens = flops.Tokens(target, len(encoding.reference), len(encoding.prompt), 0 if encoding.negative is None else len(encoding.negative))
     starts = [draw_window(config, turn, 0, "attacker", 1, turn)[0] for turn in turns]
     before = sum(starts) / len(starts) if config.shared_prefix else 0.0
     work = flops.Work(len(asked), config.group_size, tokens, config.num_steps - before, before, config.window, True, False)

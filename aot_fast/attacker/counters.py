@@ -78,5 +78,5 @@ def counters(attacker: Attacker, groups: Sequence[Group], update_seconds: float,
 
 def tokens_of(group: Group) -> flops.Tokens:
     encoding = group.encoding
-    image = (height * width for _, height, width in encoding.shapes)
-    return flops.Tokens(*image, len(encoding.prompt), 0 if encoding.negative is None else len(encoding.negative))
+    target = encoding.size[0] * encoding.size[1]
+    return flops.Tokens(target, len(encoding.reference), len(encoding.prompt), 0 if encoding.negative is None else len(encoding.negative))

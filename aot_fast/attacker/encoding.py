@@ -30,10 +30,15 @@ SYSTEM = (
 )
 IMAGE_PAD = "<|image_pad|>"
 VISION = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
-TEMPLATE = SYSTEM + VISION + "{}<|im_end|>\n<|im_start|>assistant\n"
-TEMPLATE_PLUS = SYSTEM + "Picture 1: " + VISION + "{}<|im_end|>\n<|im_start|>assistant\n"
+NUMBERED = "Picture {}: " + VISION
+"""How Edit-Plus shows each of its pictures; the plain pipeline has one, without a number."""
+TEMPLATE = SYSTEM + "{}<|im_end|>\n<|im_start|>assistant\n"
+"""Of the pictures and the prompt behind them."""
 TEMPLATE_TOKENS = 64
 """prompt_template_encode_start_idx of both pipelines: the system turn, dropped from the prompt's embedding."""
+
+Pictures = Image | Sequence[Image]
+"""What one edit is made from: a picture, or several, of which the first is the one that is edited."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,9 @@ class Encoding:
     negative: Tensor | None
     """[T', D] of the negative prompt; None without guidance."""
     reference: Tensor
-    """[M, 4c] packed, normalised latents of the picture."""
-    reference_size: tuple[int, int]
-    """Height, width in tokens."""
+    """[M, 4c] packed, normalised latents of the pictures, one after the other."""
+    reference_sizes: tuple[tuple[int, int], ...]
+    """Height, width of each picture in tokens; M is the sum of their products."""
     height: int
     """Of the edit, in pixels."""
     width: int
@@ -56,8 +61,8 @@ class Encoding:
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """`img_shapes` of one sample: frames, height, width of target and reference. Equal shapes can share a forward."""
-        return [(1, *self.size), (1, *self.reference_size)]
+        """`img_shapes` of one sample: frames, height, width of the target, then of each reference. Equal shapes can share a forward."""
+        return [(1, *size) for size in (self.size, *self.reference_sizes)]
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +77,7 @@ def blank_encoding(attacker: Attacker) -> Encoding:
     settings = attacker.player.module.config
     tokens, prompt = torch.zeros(1, settings.in_channels, **like), torch.ones(1, settings.joint_attention_dim, **like)
     negative = prompt if attacker.config.guidance > 1 else None
-    return Encoding(prompt, negative, tokens, (1, 1), attacker.unit, attacker.unit, (1, 1))
+    return Encoding(prompt, negative, tokens, ((1, 1),), attacker.unit, attacker.unit, (1, 1))
 
 
 def fit_size(width: int, height: int, pixels: int, unit: int) -> tuple[int, int]:
@@ -83,25 +88,40 @@ def fit_size(width: int, height: int, pixels: int, unit: int) -> tuple[int, int]
 
 
 @torch.no_grad()
-def encode(attacker: Attacker, images: Sequence[Image], prompts: Sequence[str], windows: Sequence[bool] = ()) -> list[Encoding]:
-    """One `Encoding` for each picture and its prompt. windows: which are windows, edited at the size that they have (none are, by default).
+def encode(attacker: Attacker, images: Sequence[Pictures], prompts: Sequence[str], windows: Sequence[bool] = ()) -> list[Encoding]:
+    """One `Encoding` for each item of `images` and its prompt. windows: which are windows, edited at the size that they have (none are,
+    by default).
 
-    One picture at a time, so that an encoding does not depend on what else is in the batch.
+    An item is a picture, or a sequence of pictures, of which the first is edited and decides the target's size; the text encoder and the
+    VAE see them all. One item at a time, so that an encoding does not depend on what else is in the batch. Raises ValueError for
+    several pictures where the pipeline is not an Edit-Plus one, and for a prompt that forges an image token.
     """
     flags = windows or [False] * len(images)
-    return [_encode_one(attacker, image.convert("RGB"), *rest) for image, *rest in zip(images, prompts, flags, strict=True)]
+    return [_encode_one(attacker, rgb(pictures), *rest) for pictures, *rest in zip(images, prompts, flags, strict=True)]
 
 
-def _encode_one(attacker: Attacker, image: Image, prompt: str, window: bool) -> Encoding:
+def rgb(pictures: Pictures) -> tuple[Image, ...]:
+    """All of them, in RGB; those that are so already are not copied."""
+    several = [pictures] if isinstance(pictures, Image) else pictures
+    return tuple(picture if picture.mode == "RGB" else picture.convert("RGB") for picture in several)
+
+
+def _encode_one(attacker: Attacker, images: Sequence[Image], prompt: str, window: bool) -> Encoding:
     config, unit = attacker.config, attacker.unit
-    height, width = image.size[::-1] if window else fit_size(*image.size, config.target_pixels, unit)
-    reference, reference_size = _encode_reference(attacker, image)
-    condition = resize(image, *fit_size(*image.size, config.condition_pixels, unit))
+    if len(images) > 1 and not attacker.plus:
+        raise ValueError(
+            f"attacker.model = {config.model!r}: QwenImageEditPipeline edits one picture and sees no other, {len(images)} were given; "
+            "use an Edit-Plus pipeline (Qwen-Image-Edit-2509 or -2511), or give one"
+        )
+    edited = images[0].size
+    height, width = edited[::-1] if window else fit_size(*edited, config.target_pixels, unit)
+    references, sizes = zip(*(_encode_reference(attacker, image) for image in images))
+    conditions = [resize(image, *fit_size(*image.size, config.condition_pixels, unit)) for image in images]
     return Encoding(
-        prompt=_encode_prompt(attacker, condition, prompt),
-        negative=_encode_prompt(attacker, condition, config.negative_prompt) if config.guidance > 1 else None,
-        reference=reference,
-        reference_size=reference_size,
+        prompt=_encode_prompt(attacker, conditions, prompt),
+        negative=_encode_prompt(attacker, conditions, config.negative_prompt) if config.guidance > 1 else None,
+        reference=torch.cat(references),
+        reference_sizes=sizes,
         height=height,
         width=width,
         size=(height // unit, width // unit),
@@ -126,13 +146,13 @@ def expand_image_pad(text: str, grid_thw: Tensor, merge_size: int) -> str:
     return first + "".join(IMAGE_PAD * count + part for count, part in zip(counts, rest, strict=True))
 
 
-def _encode_prompt(attacker: Attacker, image: Image, prompt: str) -> Tensor:
+def _encode_prompt(attacker: Attacker, images: Sequence[Image], prompt: str) -> Tensor:
     """[T, D]: last hidden states behind the template's system turn. Raises ValueError when the prompt forges an image token."""
     if IMAGE_PAD in prompt:
-        raise ValueError(f"the prompt {prompt!r} holds {IMAGE_PAD}, which stands for the picture")
-    pixels = attacker.image_processor(images=[image], return_tensors="pt").to(attacker.runtime.device)
-    template = TEMPLATE_PLUS if attacker.plus else TEMPLATE
-    text = expand_image_pad(template.replace("{}", prompt), pixels["image_grid_thw"], attacker.image_processor.merge_size)
+        raise ValueError(f"the prompt {prompt!r} holds {IMAGE_PAD}, which stands for a picture")
+    pixels = attacker.image_processor(images=list(images), return_tensors="pt").to(attacker.runtime.device)
+    shown = "".join(NUMBERED.format(i + 1) for i in range(len(images))) if attacker.plus else VISION
+    text = expand_image_pad(TEMPLATE.replace("{}", shown + prompt), pixels["image_grid_thw"], attacker.image_processor.merge_size)
     tokens = attacker.tokenizer([text], return_tensors="pt").to(attacker.runtime.device)
     hidden = attacker.text_encoder.model(  # without the head: its logits over the vocabulary are not wanted
         input_ids=tokens["input_ids"],

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
-from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from aot_fast.attacker.encoding import TEMPLATE, TEMPLATE_PLUS, TEMPLATE_TOKENS, Encoding, encode
+from aot_fast.attacker.encoding import NUMBERED, TEMPLATE, TEMPLATE_TOKENS, VISION, Encoding, Pictures, encode, rgb
 from aot_fast.config import AttackerConfig
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 SETTINGS = ("target_pixels", "reference_pixels", "condition_pixels", "still_vae", "negative_prompt")
 """Of the Attacker, on which an encoding depends; and whether there is guidance at all."""
-FORMAT = 1
+FORMAT = 2
 """To be raised when an encoding is made otherwise than before."""
 
 
@@ -44,16 +43,18 @@ class Encodings:
         self.folder, self.max_bytes = folder, config.encoding_bytes
         settings = {name: getattr(config, name) for name in SETTINGS} | {"guided": config.guidance > 1, "dtype": str(dtype)}
         files = _files(pipeline, ("model_index.json", "vae", "text_encoder", "tokenizer", "processor"))
-        self._salt = json.dumps([FORMAT, TEMPLATE, TEMPLATE_PLUS, TEMPLATE_TOKENS, settings, files]).encode()
+        self._salt = json.dumps([FORMAT, TEMPLATE, VISION, NUMBERED, TEMPLATE_TOKENS, settings, files]).encode()
         self._kept: OrderedDict[str, Encoding] = OrderedDict()
         self._bytes = 0
         self._refused = False
         self.num_made = self.num_found = 0
 
-    def __call__(self, attacker: Attacker, images: Sequence[Image], prompts: Sequence[str], windows: Sequence[bool] = ()) -> list[Encoding]:
+    def __call__(
+        self, attacker: Attacker, images: Sequence[Pictures], prompts: Sequence[str], windows: Sequence[bool] = ()
+    ) -> list[Encoding]:
         """As encoding.encode, on the Attacker's device; those already known are not made again. Windows are not kept: the next step's lies
         elsewhere."""
-        images = [image.convert("RGB") for image in images]
+        images = [rgb(pictures) for pictures in images]
         flags = windows or [False] * len(images)
         keys = [self.key(*asked) for asked in zip(images, prompts, flags, strict=True)]
         known = {key: None if flag else self._find(key) for key, flag in dict(zip(keys, flags)).items()}
@@ -69,10 +70,11 @@ class Encodings:
         moved = {key: _to(encoding, device) for key, encoding in known.items()}
         return [moved[key] for key in keys]
 
-    def key(self, image: Image, prompt: str, window: bool = False) -> str:
-        """Hash of the picture's pixels, the prompt, and all settings and weights that make an encoding."""
-        digest = hashlib.sha256(self._salt)
-        for part in (repr((image.size, window)).encode(), image.tobytes(), prompt.encode()):
+    def key(self, pictures: Pictures, prompt: str, window: bool = False) -> str:
+        """Hash of all pictures' pixels, the prompt, and all settings and weights that make an encoding."""
+        digest, images = hashlib.sha256(self._salt), rgb(pictures)
+        shape = repr(([image.size for image in images], window)).encode()
+        for part in (shape, *(image.tobytes() for image in images), prompt.encode()):
             digest.update(len(part).to_bytes(8, "big") + part)
         return digest.hexdigest()
 
@@ -146,5 +148,10 @@ def _write(encoding: Encoding, path: Path) -> None:
 
 def _read(path: Path) -> Encoding:
     with safe_open(path, "pt") as file:
-        rest = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(file.metadata()["rest"]).items()}
+        rest = {name: _tuples(x) for name, x in json.loads(file.metadata()["rest"]).items()}
         return Encoding(**rest, **{name: file.get_tensor(name) for name in file.keys()})
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were, at any depth."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -24,6 +24,7 @@ class Tokens(NamedTuple):
 
     target: int
     reference: int
+    """Of all reference pictures."""
     text: int
     negative: int = 0
     """Of the negative prompt; 0: no guidance."""

@@ -78,7 +78,7 @@ def plain_pipeline(folder, plus):
 
 
 class StandInProcessor:
-    """Qwen2VLProcessor without torchvision, written apart from the product: inserts the picture's tokens after tokenising."""
+    """Qwen2VLProcessor without torchvision, written apart from the product: inserts the pictures' tokens after tokenising."""
 
     def __init__(self, tokenizer, images):
         self.tokenizer, self.images = tokenizer, images
@@ -88,7 +88,7 @@ class StandInProcessor:
 
         images = images if isinstance(images, list) else [images]
         pixels = self.images(images=images, return_tensors="pt")
-        pad, count = self.tokenizer.convert_tokens_to_ids("<|image_pad|>"), int(pixels["image_grid_thw"][0].prod()) // 4
-        rows = [[i for token in self.tokenizer(t)["input_ids"] for i in [token] * (count if token == pad else 1)] for t in text]
+        pad, counts = self.tokenizer.convert_tokens_to_ids("<|image_pad|>"), iter(pixels["image_grid_thw"].prod(-1) // 4)
+        rows = [[i for token in self.tokenizer(t)["input_ids"] for i in [token] * (next(counts) if token == pad else 1)] for t in text]
         ids = torch.tensor(rows)
         return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels})
