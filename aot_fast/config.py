@@ -196,6 +196,10 @@ class AttackerConfig:
     for the same cost. A group shares its window, which covers no target where there is room beside them."""
     feather: int = 16
     """Pixels over which an edited window fades into the picture."""
+    context_pixels: int = 0
+    """With `region: window`, area of the whole picture given as a second reference beside the window, so that the editor sees the scene
+    that it edits a piece of; 0: it sees the window alone. Edit-Plus pipelines only. Costs its tokens in every step (512 * 512 has as many
+    as a target of that size), and the text encoder another picture of `condition_pixels`."""
     reference_pixels: int = 512 * 512
     """Area of the reference given to the VAE (the pipeline's own is 1024 * 1024: four times the tokens of a 512 * 512 target)."""
     condition_pixels: int = 384 * 384

@@ -193,6 +193,9 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
             "the KL reference is the base under a switched-off LoRA adapter",
             "set attacker.lora.rank > 0 or beta 0",
         )
+    if a.context_pixels and a.region == "whole":
+        rule, fix = "the whole picture is what is edited: there is no context beside it", "use 0, or attacker.region window"
+        yield "attacker.context_pixels", a.context_pixels, rule, fix
     if a.probe_edits == 1:
         yield "attacker.probe_edits", 1, "one edit has no spread of rewards", "use 0 or at least 2"
     if a.probe_edits and not a.probe_share:
@@ -273,7 +276,8 @@ NOT_NEGATIVE = (
     "game.warmup_steps game.rounds game.attacker_steps game.defender_steps run.stop_after run.threads reward.pad reward.temperature "
     "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials "
     "curation.num_pictures attacker.probe_edits defender.vision_lr defender.prefetch_workers defender.importance_cap "
-    "defender.lora.rank attacker.lora.rank attacker.tokens_per_microbatch attacker.feather attacker.encoding_bytes"
+    "defender.lora.rank attacker.lora.rank attacker.tokens_per_microbatch attacker.feather attacker.encoding_bytes "
+    "attacker.context_pixels"
 ).split()
 
 

@@ -50,6 +50,8 @@ def test_off_is_a_word_and_false_is_none(tmp_path):
         (["--reward.judge", "off"], ["reward.judge_model", "asset:tiny/judge", "leave it empty"]),
         (["--reward.judge_model", ""], ["reward.judge_answers", "first Defender", "judge_model"]),
         (["--reward.judge", "off", "--reward.judge_model", ""], ["reward.judge_answers", "judge off", "set it to false"]),
+        (["--attacker.context_pixels", "4096"], ["attacker.context_pixels", "4096", "no context", "attacker.region window"]),
+        (["--attacker.context_pixels", "-1"], ["attacker.context_pixels", "-1", "not be negative"]),
         (["--attacker.probe_edits", "1"], ["attacker.probe_edits", "at least 2"]),
         (["--attacker.probe_share", "0"], ["attacker.probe_share", "more than 0"]),
         (["--data.train", "q.jsonl", "--defender.model", "mine"], ["reward.judge_model", "small world", "leave it empty"]),

@@ -92,9 +92,10 @@ def encode(attacker: Attacker, images: Sequence[Pictures], prompts: Sequence[str
     """One `Encoding` for each item of `images` and its prompt. windows: which are windows, edited at the size that they have (none are,
     by default).
 
-    An item is a picture, or a sequence of pictures, of which the first is edited and decides the target's size; the text encoder and the
-    VAE see them all. One item at a time, so that an encoding does not depend on what else is in the batch. Raises ValueError for
-    several pictures where the pipeline is not an Edit-Plus one, and for a prompt that forges an image token.
+    An item is a picture, or a sequence of pictures, of which the first is edited and decides the target's size (diffusers' Edit-Plus call
+    takes the last one's, unless told). The text encoder sees each at `condition_pixels`, the VAE at `reference_pixels`, those behind the
+    first at `context_pixels` where that is set. One item at a time, so that an encoding does not depend on what else is in the batch.
+    Raises ValueError for several pictures where the pipeline is not an Edit-Plus one, and for a prompt that forges an image token.
     """
     flags = windows or [False] * len(images)
     return [_encode_one(attacker, rgb(pictures), *rest) for pictures, *rest in zip(images, prompts, flags, strict=True)]
@@ -115,7 +116,8 @@ def _encode_one(attacker: Attacker, images: Sequence[Image], prompt: str, window
         )
     edited = images[0].size
     height, width = edited[::-1] if window else fit_size(*edited, config.target_pixels, unit)
-    references, sizes = zip(*(_encode_reference(attacker, image) for image in images))
+    areas = [config.reference_pixels] + [config.context_pixels or config.reference_pixels] * (len(images) - 1)
+    references, sizes = zip(*(_encode_reference(attacker, image, area) for image, area in zip(images, areas)))
     conditions = [resize(image, *fit_size(*image.size, config.condition_pixels, unit)) for image in images]
     return Encoding(
         prompt=_encode_prompt(attacker, conditions, prompt),
@@ -133,8 +135,8 @@ def resize(image: Image, height: int, width: int) -> Image:
     return VaeImageProcessor().resize(image, height, width)
 
 
-def _encode_reference(attacker: Attacker, image: Image) -> tuple[Tensor, tuple[int, int]]:
-    height, width = fit_size(*image.size, attacker.config.reference_pixels, attacker.unit)
+def _encode_reference(attacker: Attacker, image: Image, pixels: int) -> tuple[Tensor, tuple[int, int]]:
+    height, width = fit_size(*image.size, pixels, attacker.unit)
     latents = image_to_latents(attacker, image, height, width)
     return pack(latents)[0], (height // attacker.unit, width // attacker.unit)
 

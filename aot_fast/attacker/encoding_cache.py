@@ -28,7 +28,7 @@ from aot_fast.config import AttackerConfig
 if TYPE_CHECKING:
     from aot_fast.attacker.model import Attacker
 
-SETTINGS = ("target_pixels", "reference_pixels", "condition_pixels", "still_vae", "negative_prompt")
+SETTINGS = ("target_pixels", "reference_pixels", "condition_pixels", "context_pixels", "still_vae", "negative_prompt")
 """Of the Attacker, on which an encoding depends; and whether there is guidance at all."""
 FORMAT = 2
 """To be raised when an encoding is made otherwise than before."""

@@ -91,6 +91,11 @@ def load_attacker(config: AttackerConfig, engine: EngineConfig, runtime: Runtime
     _check(config)
     folder = find_pipeline(config)
     plus = is_plus(folder)
+    if config.context_pixels and not plus:
+        raise ValueError(
+            f"attacker.context_pixels = {config.context_pixels}: attacker.model = {config.model!r} is no Edit-Plus pipeline and sees one "
+            "picture; use 0, or an Edit-Plus pipeline (Qwen-Image-Edit-2509 or -2511)"
+        )
     transformer = partitioned_transformer(folder / "transformer", config, engine, runtime)
     on_disk = run_folder / config.encoding_folder if run_folder and config.encoding_folder else None
     encodings = Encodings(config, folder, runtime.dtype, on_disk)
@@ -143,6 +148,11 @@ def _check(config: AttackerConfig) -> None:
         raise ValueError(
             f"attacker.steps_per_rollout = {config.steps_per_rollout} with attacker.variant = nft: its loss holds for the weights that "
             "sampled; set it to 1"
+        )
+    if config.context_pixels and config.region == "whole":
+        raise ValueError(
+            f"attacker.context_pixels = {config.context_pixels} needs attacker.region window: where the whole picture is edited, there is "
+            "no context beside it; use 0"
         )
     if config.dynamics != "ode" and config.eta <= 0:
         raise ValueError(f"attacker.eta = {config.eta}: must be above 0, or {config.dynamics} has no noise and no log-prob to train on")

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from PIL.Image import Image
+
 from aot_fast.attacker.counters import Stopwatch
 from aot_fast.attacker.encoding import Encoding, decode, encode, window_of
 from aot_fast.attacker.model import Attacker
-from aot_fast.attacker.region import cut, paste
+from aot_fast.attacker.region import Window, cut, paste
 from aot_fast.attacker.reward import Edit
 from aot_fast.attacker.sampler import Sample, draw_window, sample
+from aot_fast.config import AttackerConfig
 from aot_fast.data.schema import Example, edit_prompt
 from aot_fast.engine import seed_of
 
@@ -30,6 +33,13 @@ class Group:
     """Denoising steps that were taken once for the group."""
 
 
+def pictures_of(config: AttackerConfig, image: Image, window: Window | None) -> list[Image]:
+    """What an edit is made from: the picture or its window, and beside a window the whole picture if it is asked for."""
+    if window is None:
+        return [image]
+    return [cut(image, window), image] if config.context_pixels else [cut(image, window)]
+
+
 def rollout(
     attacker: Attacker, examples: Sequence[Example], *, seed: int, round: int, step: int, group_size: int = 0, train: bool = True
 ) -> list[Group]:
@@ -46,7 +56,7 @@ def rollout(
     base = (seed, "attacker", round, step)
     keys = [(*base, example.key) for example in own]
     windows = [window_of(attacker, example, seed_of(*key, "region")) for example, key in zip(own, keys)]
-    seen = [example.image if window is None else cut(example.image, window) for example, window in zip(own, windows)]
+    seen = [pictures_of(config, example.image, window) for example, window in zip(own, windows)]
     copies = 1 if config.encode_once else count
     asked = tuple([x for x in xs for _ in range(copies)] for xs in (seen, prompts, [window is not None for window in windows]))
     attacker.stopwatch = watch = Stopwatch(attacker.runtime.device)

@@ -135,6 +135,8 @@ def test_wrong_weights_are_named(fault, folders, base_config, load, tmp_path):
         ({"lora": replace(LORA, targets=("to_z",))}, "to_z"),
         ({"window_range": (0, 4), "lora": LORA}, "window_range"),
         ({"eta": 0.0, "lora": LORA}, "eta"),
+        ({"context_pixels": 4096, "lora": LORA}, "context_pixels = 4096 needs attacker.region window.* use 0"),
+        ({"context_pixels": 4096, "region": "window", "lora": LORA}, "context_pixels = 4096: .* is no Edit-Plus pipeline .* use 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message, base_config, load):

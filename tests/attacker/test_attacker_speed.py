@@ -128,7 +128,16 @@ def test_windows_are_not_kept_and_have_their_own_size(base_config, load, folders
     assert (kept.num_made, kept.num_found) == (3, 1) and len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("changes", [{"condition_pixels": 32 * 32}, {"reference_pixels": 32 * 32}, {"guidance": 3.0}, {"still_vae": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"condition_pixels": 32 * 32},
+        {"reference_pixels": 32 * 32},
+        {"context_pixels": 32 * 32},
+        {"guidance": 3.0},
+        {"still_vae": False},
+    ],
+)
 def test_other_settings_make_other_encodings(changes, base_config, load, folders):
     attacker = load(base_config)
     keys = {

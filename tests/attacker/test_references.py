@@ -9,9 +9,12 @@ import torch
 from aot_fast.attacker.counters import tokens_of
 from aot_fast.attacker.encoding import encode
 from aot_fast.attacker.encoding_cache import Encodings
-from aot_fast.attacker.rollout import Group
+from aot_fast.attacker.flow_grpo import update
+from aot_fast.attacker.region import cut, place_window
+from aot_fast.attacker.rollout import Group, rollout
 from aot_fast.attacker.sampler import sample, start_noise
-from tests.attacker.tiny_pipeline import picture
+from tests.attacker.rollouts import examples, scored
+from tests.attacker.tiny_pipeline import LORA, picture
 
 PROMPT = "Add a plausible distractor object {braces} é"
 PIXELS = 64 * 64
@@ -102,3 +105,45 @@ def test_an_encodings_key_depends_on_every_picture(plus_config):
     several = [(a,), (a, b), (b, a), (a, c), (a, b, c), (a, b, b)]
     assert len({kept.key(asked, PROMPT) for asked in several}) == len(several)
     assert kept.key(a, PROMPT) == kept.key([a], PROMPT)
+
+
+# The scene beside a window
+
+
+@pytest.fixture
+def scene_config(plus_config):
+    return replace(plus_config, region="window", context_pixels=32 * 32)
+
+
+def test_a_window_is_edited_beside_its_scene_and_trained_on(scene_config, load):
+    """One picture of which a window is edited, and one so small that it is edited as a whole, in one step of rollout and update."""
+    attacker = load(replace(scene_config, lora=LORA), seed=1)
+    asked = examples(2, sizes=((256, 128), (64, 64)))
+    groups = rollout(attacker, asked, seed=0, round=1, step=0)
+    (_, window, scene), whole = groups[0].encoding.shapes, groups[1].encoding.shapes
+    assert window == (1, 8, 8) and scene == (1, 3, 6) and whole == [(1, 8, 8)] * 2  # 32 * 32 pixels at 2:1 are 45 x 23
+    assert tokens_of(groups[0])[:2] == (64, 64 + 18) and tokens_of(groups[1])[:2] == (64, 64)
+    assert all(edit.image.size == one.image.size for one, group in zip(asked, groups) for edit in group.edits)
+    metrics = update(attacker, scored(groups))
+    # Replay and rollout run at other batch sizes: rounding (DESIGN.md rule 4).
+    assert metrics["applied"] == 1 and metrics["grad_norm"] > 0 and metrics["logp_mismatch"] <= 1e-5
+
+
+def test_the_editor_sees_the_scene(scene_config, load):
+    """Through its text encoder, and as tokens of the VAE."""
+    attacker = load(replace(scene_config, context_pixels=PIXELS), seed=1)
+    scenes = [picture(i, (256, 128)) for i in range(2)]
+    part = cut(scenes[0], place_window((256, 128), [], 64 * 64, 8, 0))
+    one, other = encode(attacker, [(part, scene) for scene in scenes], [PROMPT] * 2, [True] * 2)
+    assert torch.equal(one.reference[:64], other.reference[:64])
+    with attacker.player.gathered():
+        asked = [one, replace(one, prompt=other.prompt), replace(one, reference=other.reference)]
+        edit, *changed = sample(attacker, asked, [0] * 3, [0] * 3, None)
+    # Ten times what rounding may make of a sample in another batch (test_attacker_sampler.py).
+    assert all((x.latents - edit.latents).abs().max() > 1e-4 for x in changed)
+
+
+def test_without_context_a_window_is_edited_alone(scene_config, load):
+    attacker = load(replace(scene_config, context_pixels=0))
+    [group] = rollout(attacker, examples(1, sizes=((256, 128),)), seed=0, round=1, step=0)
+    assert group.encoding.shapes == [(1, 8, 8)] * 2
