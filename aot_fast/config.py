@@ -223,10 +223,14 @@ class AttackerConfig:
     """Give every sample of a group the same start noise, so that the group differs only inside the window."""
     encode_once: bool = True
     """Encode a picture and its prompt once for the whole group, and keep the encoding. Off: for every sample, and no prefix is shared."""
-    gather: Literal["block", "rollout", "update"] = "rollout"
-    """What a rank holds whole of the transformer that ZeRO-3 has cut up (Qwen-Image-Edit in bf16: 41 GB). block: a block's weights while it
-    runs, also when sampling; least memory, a gather of all of them for every denoising step. rollout: all of them while it samples. update:
-    also for the micro-batches of an update, which otherwise gather them twice each."""
+    gather: Literal["block", "rollout", "update"] = "update"
+    """What a rank holds whole of the transformer that ZeRO-3 has cut up (Qwen-Image-Edit in bf16: 41 GB; one rank alone holds no second
+    copy). block: a block's weights while it runs, also when sampling; least memory, a gather of all of them for every denoising step.
+    rollout: all of them while it samples. update: also for the micro-batches of an update, which otherwise gather them twice each and run
+    ZeRO's hooks around every module: on two CPU ranks it takes half the time."""
+    fused_lora: bool = True
+    """With gather: update, add the adapters in the base's precision and inside their last product (aot_fast/adapters.py); off: peft's own
+    forward, which goes through fp32."""
     compile_blocks: bool = False
     """Compile the transformer's block with torch.compile (the one, for all of them), for sampling and training. Needs gather: update, where
     no ZeRO hooks run inside. Rollout and training then compile apart and may round apart: old_logp recompute keeps the ratio exact."""

@@ -114,6 +114,10 @@ def build_attacker(
     """An Attacker from a partitioned transformer and the frozen `parts` (loading.frozen_parts): LoRA if asked, the engine, the rest."""
     if config.lora.rank:
         _add_lora(transformer, config)
+        if config.gather == "update" and config.fused_lora:
+            from aot_fast.adapters import fuse_adapters
+
+            fuse_adapters(transformer)
         # Adapters are fp32 over a base in the compute dtype; the engine then keeps fp32 gradients and communicates them so.
         trainer = build_player("attacker", transformer, config.optimizer, engine, replace(runtime, dtype=torch.float32))
     else:
