@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || true)
 GPUS := $(or $(CUDA),0)
 REQUIREMENTS := $(if $(filter-out 0,$(GPUS)),requirements-gpu.txt,requirements.txt)
+# Processes that share the tests, a file each at a time; 0: one by one. Some tests start two ranks of their own.
+WORKERS ?= 2
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 .PHONY: demo test lint bench sanitize sanitize-gpu clean
@@ -24,7 +26,7 @@ demo: $(STAMP)
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/torchrun --nproc_per_node $(RANKS) -m aot_fast run tiny
 
 test: $(STAMP)
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-enable -q $(PYTEST_ARGS)

@@ -126,7 +126,7 @@ setup(
         ],
         "gpu": ["flash-attn>=2.8", "xformers", "liger-kernel>=0.6"],
         "trackers": ["wandb", "trackio"],
-        "dev": ["pytest>=9", "pytest-timeout", "pytest-benchmark", "hypothesis", "ruff"],
+        "dev": ["pytest>=9", "pytest-timeout", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff"],
     },
     entry_points={"console_scripts": ["aot-fast=aot_fast.__main__:main"]},
 )

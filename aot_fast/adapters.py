@@ -19,8 +19,8 @@ from torch import Tensor, nn
 def fuse_adapters(model: nn.Module) -> int:
     """Give every plain LoRA layer of `model` the forward above; returns how many. Modules, names and files stay peft's.
 
-    For whole weights only: ZeRO-3's hooks would not see that the adapter's are read. Layers with dropout or another kind of LoRA, of which
-    there are none unless somebody adds them, keep peft's forward.
+    Weights have to be whole: where ZeRO-3 has cut them up it is peft's forward again, for its hooks would not see that they are read.
+    Layers with dropout or another kind of LoRA, of which there are none unless somebody adds them, stay as they are.
     """
     plain = [m for m in model.modules() if type(m) is Linear and not m.lora_variant and len(m.active_adapters) == 1]
     plain = [m for m in plain if isinstance(m.lora_dropout[m.active_adapters[0]], nn.Identity)]
@@ -33,11 +33,11 @@ class FusedLinear(Linear):
     """A peft LoRA layer; x [..., I] -> [..., O]."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return y
         [name] = self.active_adapters
         down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        if self.disable_adapters or self.merged or down.dim() < 2:  # the last: ZeRO-3 has cut it up, and only its own hooks bring it back
+            return super().forward(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
         flat, rows = y.flatten(0, -2), x.flatten(0, -2)
         if torch.compiler.is_compiling():  # which fuses as well, and differentiates by itself
             return torch.addmm(flat, rows @ down.to(x.dtype).T, up.to(y.dtype).T, alpha=scale).view_as(y)

@@ -95,6 +95,9 @@ class LoraConfig:
     alpha: int = 128
     targets: tuple[str, ...] = ()
     """Module name endings; empty: the attention projections of the player."""
+    fused: bool = True
+    """Add what an adapter says in the layer's precision and inside its last product (aot_fast/adapters.py). Off, and where the player's
+    `gather` is not update: peft's own forward, which goes through the adapter's precision."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ class DefenderConfig:
     vision_lr: float = 0.0
     """Learning rate of the vision tower; 0: as optimizer.lr."""
     gradient_checkpointing: bool = False
+    gather: Literal["rollout", "update"] = "update"
+    """What ZeRO-3 has cut up a rank holds whole while it samples; update: also for all micro-batches of an update, which otherwise gather
+    every module's weights twice each (7B in bf16: 17 GB; one rank alone holds no second copy)."""
     min_pixels: int = 0
     """Smallest image after resizing; 0: as the model's processor says."""
     max_pixels: int = 0
@@ -228,9 +234,6 @@ class AttackerConfig:
     copy). block: a block's weights while it runs, also when sampling; least memory, a gather of all of them for every denoising step.
     rollout: all of them while it samples. update: also for the micro-batches of an update, which otherwise gather them twice each and run
     ZeRO's hooks around every module: on two CPU ranks it takes half the time."""
-    fused_lora: bool = True
-    """With gather: update, add the adapters in the base's precision and inside their last product (aot_fast/adapters.py); off: peft's own
-    forward, which goes through fp32."""
     compile_blocks: bool = False
     """Compile the transformer's block with torch.compile (the one, for all of them), for sampling and training. Needs gather: update, where
     no ZeRO hooks run inside. Rollout and training then compile apart and may round apart: old_logp recompute keeps the ratio exact."""

@@ -6,12 +6,13 @@ Legend: T prompt tokens, D text width, N target tokens, M reference tokens, c la
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image as images
 from PIL.Image import Image
 from torch import Tensor
 
@@ -198,18 +199,39 @@ def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
 @torch.no_grad()
 def decode(attacker: Attacker, latents: Sequence[Tensor], encodings: Sequence[Encoding]) -> list[Image]:
     """The pictures of final latents ([N, 4c] each) at their encodings' target size, `config.decode_batch` of a size at a time."""
-    made: dict[int, Image] = {}
+    decoded: list[tuple[list[int], Callable[[], Tensor]]] = []
     for indices in batches(range(len(latents)), attacker.config.decode_batch, lambda i: encodings[i].size):
         together = torch.cat([unpack(latents[i][None], encodings[i].size) for i in indices])
-        made |= zip(indices, _decode(attacker, together))
+        decoded.append((indices, _on_host(_decode(attacker, together))))  # the host makes pictures of a batch while a GPU decodes the next
+    made = {i: picture for indices, pixels in decoded for i, picture in zip(indices, _pictures(pixels()))}
     return [made[i] for i in range(len(latents))]
 
 
-def _decode(attacker: Attacker, latents: Tensor) -> list[Image]:
-    """`latents`: [B, c, h, w], normalised."""
+def _decode(attacker: Attacker, latents: Tensor) -> Tensor:
+    """`latents`: [B, c, h, w], normalised. uint8 [B, height, width, 3], rounded as the pipelines round."""
     mean, std = _statistics(attacker)
     pixels = attacker.vae.decode(latents.to(attacker.runtime.dtype)[:, :, None] * std + mean, return_dict=False)[0][:, :, 0]
-    return VaeImageProcessor(vae_scale_factor=attacker.unit).postprocess(pixels.float(), output_type="pil")
+    return ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _on_host(x: Tensor) -> Callable[[], Tensor]:
+    """A function that waits for `x` to be computed and copied, and for nothing queued behind it."""
+    if not x.is_cuda:
+        return lambda: x
+    host, done = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    host.copy_(x.contiguous(), non_blocking=True)
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return host
+
+    return wait
+
+
+def _pictures(pixels: Tensor) -> list[Image]:
+    """Of [B, H, W, 3] on the host."""
+    return [images.fromarray(array) for array in pixels.numpy()]
 
 
 @torch.no_grad()
@@ -224,7 +246,7 @@ def _roundtrip(attacker: Attacker, example: Example) -> Image:
     window = window_of(attacker, example, seed_of("roundtrip", example.key))
     part = image if window is None else cut(image, window)
     size = fit_size(*part.size, attacker.config.target_pixels, attacker.unit) if window is None else part.size[::-1]
-    [made] = _decode(attacker, image_to_latents(attacker, part, *size))
+    [made] = _pictures(_decode(attacker, image_to_latents(attacker, part, *size)).cpu())
     return made if window is None else paste(image, window, made, attacker.config.feather)
 
 

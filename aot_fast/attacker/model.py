@@ -114,7 +114,7 @@ def build_attacker(
     """An Attacker from a partitioned transformer and the frozen `parts` (loading.frozen_parts): LoRA if asked, the engine, the rest."""
     if config.lora.rank:
         _add_lora(transformer, config)
-        if config.gather == "update" and config.fused_lora:
+        if config.gather == "update" and config.lora.fused:
             from aot_fast.adapters import fuse_adapters
 
             fuse_adapters(transformer)

@@ -21,7 +21,15 @@ class Recipe:
     settings: Mapping[str, Any]
 
 
-_EDIT = {"num_steps": 10, "guidance": 4.0, "group_size": 16, "advantage_std": "batch", "shared_noise": False, "beta": 0.0}
+_EDIT = {
+    "num_steps": 10,
+    "guidance": 4.0,
+    "group_size": 16,
+    "steps_per_rollout": 2,  # gradient_accumulation_steps = num_batches_per_epoch // 2
+    "advantage_std": "batch",
+    "shared_noise": False,
+    "beta": 0.0,
+}
 _CPS = {"dynamics": "cps", "eta": 0.8, "clip": 1e-5, "window": 3, "advantage_std": "batch", "shared_noise": False, "beta": 0.0}
 _FLUX = {"group_size": 12, "advantage_std": "group", "shared_noise": True, "guidance": 1.0, "clip": 1e-4, "adv_clip": 5.0, "beta": 0.0}
 _FAST = {"dynamics": "flow_sde", "window_range": (0, 5)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
@@ -40,19 +41,27 @@ def score(
         raise ValueError(
             "reward.efficacy = 'likelihood' needs a Defender whose answers' likelihood can be had; use fraction or consecutive"
         )
-    boxes = _each(edits, lambda e: [_integrity(edit, config) for edit in e], "integrity")
-    unique = (
-        _each(edits, lambda e: [math.nan if u is None else float(u) for u in judge(e)], "the uniqueness judge")
-        if judge
-        else [1.0] * len(edits)
-    )
+    with ThreadPoolExecutor(1) as pool:  # SSIM is the host's work, judge and trials are the device's: neither waits for the other
+        measuring = pool.submit(_each, edits, lambda e: [_integrity(edit, config) for edit in e], "integrity")
+        unique = (
+            _each(edits, lambda e: [math.nan if u is None else float(u) for u in judge(e)], "the uniqueness judge")
+            if judge
+            else [1.0] * len(edits)
+        )
+        failures, answers = _failures(edits, config, answerer, likelihood)
+        boxes = measuring.result()
+    return [_verdict(*row, config) for row in zip(edits, boxes, unique, failures, answers)]
+
+
+def _failures(
+    edits: Sequence[Edit], config: RewardConfig, answerer: Answerer, likelihood: Likelihood | None
+) -> tuple[list[float], list[Sequence[Answer] | None]]:
+    """Efficacy of each edit (NaN: not known), and the trials' answers, of which likelihood has none."""
     if config.efficacy == "likelihood":
         kept = _each(edits, lambda e: likelihood([edit.example for edit in e], [seen(edit) for edit in e]), "the Defender's likelihood")
-        failures = [math.nan if p is None else softened(1 - p, config.efficacy_temperature) for p in kept]
-        return [_verdict(*row, (), config) for row in zip(edits, boxes, unique, failures)]
+        return [math.nan if p is None else softened(1 - p, config.efficacy_temperature) for p in kept], [()] * len(edits)
     answers = _each(edits, lambda e: _trials(e, config, answerer), "the Defender's trials")
-    failures = [efficacy(trials, config) if trials else math.nan for trials in answers]
-    return [_verdict(*row, config) for row in zip(edits, boxes, unique, failures, answers)]
+    return [efficacy(trials, config) if trials else math.nan for trials in answers], answers
 
 
 def solvable(examples: Sequence[Example], roundtrips: Sequence[Image], config: RewardConfig, answerer: Answerer, seed: int) -> list[bool]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -13,8 +15,11 @@ from aot_fast.defender.drawing import Sampling
 from aot_fast.defender.head import rollout_logits
 from aot_fast.defender.model import Defender
 from aot_fast.defender.packing import Row, batch_of, response_logits
-from aot_fast.defender.prompt import encode
+from aot_fast.defender.prompt import Prompt, encode
 from aot_fast.defender.rollout import sample
+
+AHEAD = 4
+"""Prompts a thread may be ahead of the one that is asked for."""
 
 Answerer = Callable[[Sequence[Example], int, float, Sequence[int]], list[list[Answer]]]
 Likelihood = Callable[[Sequence[Example], Sequence[Example]], list[float]]
@@ -28,7 +33,7 @@ def answerer(defender: Defender) -> Answerer:
 
     def answer(examples: Sequence[Example], trials: int, temperature: float, seeds: Sequence[int]) -> list[list[Answer]]:
         sampling = Sampling(trials, temperature, defender.config.top_p, defender.config.max_response_tokens)
-        groups = sample(defender, (encode(defender, example) for example in examples), seeds, sampling)
+        groups = sample(defender, encoded(defender, examples), seeds, sampling)
         return [[score(example.question, r.text) for r in responses] for example, responses in zip(examples, groups)]
 
     return answer
@@ -44,19 +49,35 @@ def likelihood(defender: Defender) -> Likelihood:
     def probability(originals: Sequence[Example], edited: Sequence[Example]) -> list[float]:
         asked = {example.key: example for example in originals}
         greedy = Sampling(1, 0.0, 1.0, defender.config.max_response_tokens)
-        prompts = (encode(defender, example) for example in asked.values())
+        prompts = encoded(defender, list(asked.values()))
         answers = dict(zip(asked, (group[0] for group in sample(defender, prompts, [0] * len(asked), greedy))))
         rows: list[Row] = []
         told: list[float] = []
-        for original, example in zip(originals, edited, strict=True):
+        for original, prompt in zip(originals, encoded(defender, edited), strict=True):
             answer = answers[original.key]
-            rows.append(Row(encode(defender, example), answer.ids, answer.logp, torch.zeros_like(answer.logp), len(rows)))
+            rows.append(Row(prompt, answer.ids, answer.logp, torch.zeros_like(answer.logp), len(rows)))
             if _is_full(defender, rows):
                 told += _probabilities(defender, rows)
                 rows = []
         return told + (_probabilities(defender, rows) if rows else [])
 
     return probability
+
+
+def encoded(defender: Defender, examples: Sequence[Example]) -> Iterator[Prompt]:
+    """The examples' prompts, in order: cut up by `prefetch_workers` threads, a few ahead, while the device is at work on those before."""
+    workers = defender.config.prefetch_workers
+    if not workers:
+        yield from (encode(defender, example) for example in examples)
+        return
+    ahead: deque[Future[Prompt]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for example in examples:
+            ahead.append(pool.submit(encode, defender, example))
+            if len(ahead) > AHEAD * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _is_full(defender: Defender, rows: Sequence[Row]) -> bool:

@@ -43,31 +43,32 @@ def update(defender: Defender, prompts: Prompts, groups: list[Group], reference:
     metrics = []
     shares = share_of(defender, groups, wanted)
     prompts.prefetch(groups[part.group].example for parts in shares for part in parts)
-    for parts in shares:
-        batch = batch_of(defender, rows_of(defender, prompts, groups, parts, advantages.values))
-        ref_logp = reference_logp(defender, reference, batch)  # first: between forward and backward ZeRO-3 would lose its order
-        loss = batch_loss(
-            defender,
-            batch,
-            old_logp=batch.logp,
-            on_policy=versions_of(batch, groups) == player.version,
-            ref_logp=ref_logp,
-            mask=batch.mask,
-            entropy_coef=config.entropy_coef,
-            seq_ids=batch.rows,
-            loss=config.loss,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            beta=config.beta,
-            kl=config.kl,
-            agg=config.agg,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            max_length=config.max_response_tokens,
-        )
-        player.backward(loss.loss)
-        metrics.append({**loss.metrics, "sum/loss": loss.loss.detach()})
+    with defender.updating():
+        for parts in shares:
+            batch = batch_of(defender, rows_of(defender, prompts, groups, parts, advantages.values))
+            ref_logp = reference_logp(defender, reference, batch)  # first: between forward and backward ZeRO-3 would lose its order
+            loss = batch_loss(
+                defender,
+                batch,
+                old_logp=batch.logp,
+                on_policy=versions_of(batch, groups) == player.version,
+                ref_logp=ref_logp,
+                mask=batch.mask,
+                entropy_coef=config.entropy_coef,
+                seq_ids=batch.rows,
+                loss=config.loss,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                dual_clip=config.dual_clip,
+                beta=config.beta,
+                kl=config.kl,
+                agg=config.agg,
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+                max_length=config.max_response_tokens,
+            )
+            player.backward(loss.loss)
+            metrics.append({**loss.metrics, "sum/loss": loss.loss.detach()})
     totals = reduce_over_ranks(runtime, K.combine_metrics(metrics))
     step = player.step(healthy=math.isfinite(totals["sum/loss"]))
     lengths = [len(r.ids) for g in groups for r in g.responses]

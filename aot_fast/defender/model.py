@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +68,11 @@ class Defender:
         ids = self.tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
         return [i for i in ids if i is not None and i != self.tokenizer.unk_token_id]
 
+    def updating(self) -> AbstractContextManager:
+        """Around the micro-batches of an update: whole weights where `config.gather` is update. A collective; the step is taken outside."""
+        assert self.player is not None
+        return self.player.gathered(training=True) if self.config.gather == "update" else nullcontext()
+
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
         """The model ready to answer: whole weights, no gradients; ranks may call it unequally often."""
@@ -90,6 +95,10 @@ def load_defender(config: DefenderConfig, engine: EngineConfig, runtime: Runtime
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora.rank:
         model = _with_lora(model, config.lora, config.train_vision)
+        if config.gather == "update" and config.lora.fused:
+            from aot_fast.adapters import fuse_adapters
+
+            fuse_adapters(model)
     _prepare_for_gpu(model, runtime)
     if not config.train_vision:
         for name, parameter in model.named_parameters():

@@ -36,12 +36,13 @@ def _recorded(defender: Defender, prompts: Prompts, groups: Sequence[Group]) -> 
     if not any(wanted):
         return list(groups)
     made: dict[int, Tensor] = {}
-    for parts in share_of(defender, groups, wanted):
-        rows = rows_of(defender, prompts, groups, parts, torch.zeros(len(wanted)))
-        batch = batch_of(defender, rows)
-        logp = trainer_logp(defender, batch).float()[batch.mask].cpu()
-        live = [row for row in rows if row.weight]
-        made |= {row.sequence: part.clone() for row, part in zip(live, logp.split([len(row.ids) for row in live]))}
+    with defender.updating():
+        for parts in share_of(defender, groups, wanted):
+            rows = rows_of(defender, prompts, groups, parts, torch.zeros(len(wanted)))
+            batch = batch_of(defender, rows)
+            logp = trainer_logp(defender, batch).float()[batch.mask].cpu()
+            live = [row for row in rows if row.weight]
+            made |= {row.sequence: part.clone() for row, part in zip(live, logp.split([len(row.ids) for row in live]))}
     for other in defender.runtime.gather(made):
         made |= other
     numbers = iter(range(len(wanted)))

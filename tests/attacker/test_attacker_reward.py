@@ -1,6 +1,7 @@
 """Integrity, uniqueness, efficacy and their combination, on pictures and answers made by hand."""
 
 import math
+import threading
 import warnings
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aot_fast.attacker import reward
 from aot_fast.attacker.integrity import crop_of, integrity, ramp, span
 from aot_fast.attacker.judge import Edit, load_judge
 from aot_fast.attacker.reward import combine, efficacy, score, softened, solvable
@@ -281,3 +283,20 @@ def test_likelihood_takes_the_place_of_trials():
 def test_likelihood_without_a_defender_that_tells_it_is_refused():
     with pytest.raises(ValueError, match="reward.efficacy"):
         score([edit_of(picture())], RewardConfig(efficacy="likelihood"), answers("...."), None)
+
+
+def test_ssim_is_measured_while_the_judge_is_at_work(monkeypatch):
+    """Each waits for the other: one after the other, both would wait in vain."""
+    meet = threading.Barrier(2, timeout=30)
+
+    def measured(edit, config):
+        meet.wait()
+        return (1.0,)
+
+    def judge(edits):
+        meet.wait()
+        return [1.0] * len(edits)
+
+    monkeypatch.setattr(reward, "_integrity", measured)
+    [verdict] = score([edit_of(picture())], RewardConfig(trials=2), answers("xx"), judge)
+    assert verdict.integrity == (1.0,) and verdict.reward == 1

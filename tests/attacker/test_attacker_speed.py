@@ -237,4 +237,4 @@ def test_compiled_blocks_train_alike(backend, base_config, load, monkeypatch):
 
 def test_blocks_are_not_compiled_around_zeros_hooks(base_config, load):
     with pytest.raises(ValueError, match="compile_blocks needs attacker.gather = update, not rollout"):
-        load(replace(base_config, compile_blocks=True, gather="rollout"))
+        load(replace(base_config, lora=LORA, compile_blocks=True, gather="rollout"))

@@ -1,10 +1,12 @@
 """The likelihood that a Defender repeats its answer is what its own sampler would find."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from aot_fast.defender import answers
 from aot_fast.defender.answers import likelihood
 from aot_fast.defender.drawing import Sampling
 from aot_fast.defender.model import load_frozen
@@ -20,6 +22,25 @@ def defender(defender_folder, runtime):
 def pairs():
     originals = scene_examples(3)
     return originals, [replace(example, image=Image.new("RGB", (64, 64), (200, 60, 60)), source="edit") for example in originals]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prompts_come_in_order_and_not_too_far_ahead(defender, pairs, monkeypatch, workers):
+    """Threads cut them up while those before are answered; what one of them raises comes where its prompt is asked for."""
+    begun = []
+
+    def encode(owner, example):
+        begun.append(example)
+        if example == 30:
+            raise ValueError("no picture")
+        return 10 * example
+
+    monkeypatch.setattr(answers, "encode", encode)
+    made = answers.encoded(SimpleNamespace(config=SimpleNamespace(prefetch_workers=workers)), list(range(40)))
+    assert [next(made) for _ in range(30)] == [10 * i for i in range(30)]
+    assert len(begun) <= 30 + answers.AHEAD * workers + 1
+    with pytest.raises(ValueError, match="no picture"):
+        next(made)
 
 
 def test_likelihood_is_the_product_over_the_answers_tokens(defender, pairs):

@@ -64,9 +64,9 @@ def test_update_equals_the_equations_in_fp64(defender_folder, runtime, version, 
 
 
 # Padded: one row at a time, ragged and whole batches. Shared: 1 token, so that every response is a batch with its prompt; 240, where groups
-# are cut in two (a prompt has some 100 tokens); all in one row.
+# are cut in two (a prompt has some 100 tokens); all in one row. Weights gathered around every module, or whole for the update.
 PLAIN = [{"shared_prefix": False, "microbatch": n} for n in (1, 2, 4, 12)]
-SHARED = [{"tokens_per_microbatch": n} for n in (1, 240, 10_000)]
+SHARED = [{"tokens_per_microbatch": 1}, {"tokens_per_microbatch": 240, "gather": "rollout"}, {"tokens_per_microbatch": 10_000}]
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -122,7 +122,7 @@ def test_the_vision_tower_has_its_own_rate(defender_folder, runtime):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"shared_prefix": False, "microbatch": 5},
+        {"shared_prefix": False, "microbatch": 5, "gather": "rollout"},
         {"tokens_per_microbatch": 240},
         {"prompts": "mixed", "gradient_checkpointing": True},  # a rank may have text only
     ],
