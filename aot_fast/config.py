@@ -233,7 +233,7 @@ class AttackerConfig:
     """What a rank holds whole of the transformer that ZeRO-3 has cut up (Qwen-Image-Edit in bf16: 41 GB; one rank alone holds no second
     copy). block: a block's weights while it runs, also when sampling; least memory, a gather of all of them for every denoising step.
     rollout: all of them while it samples. update: also for the micro-batches of an update, which otherwise gather them twice each and run
-    ZeRO's hooks around every module: on two CPU ranks it takes half the time."""
+    ZeRO's hooks around every module (on two CPU ranks an update takes 0.7 of the time, bench/attacker_modes.py)."""
     compile_blocks: bool = False
     """Compile the transformer's block with torch.compile (the one, for all of them), for sampling and training. Needs gather: update, where
     no ZeRO hooks run inside. Rollout and training then compile apart and may round apart: old_logp recompute keeps the ratio exact."""
