@@ -127,12 +127,12 @@ SHAPES = {
 STD = 0.02
 """Of random matrices: outputs then are about as large as inputs at these widths, and nothing overflows."""
 TOKENS = 1 << 14
-"""In a micro-batch with checkpointing: seven pairs at 512^2. Kept are 6 GB of block inputs and one block's activations, 2.4 GB."""
-ACTIVATION_BYTES = 150_000
-"""Kept for the backward pass of a token in a layer without checkpointing: 149,390 by count of autograd's saved tensors (true width, LoRA
-r 64 in fp32, bf16 base, 160 tokens, torch 2.13 on a CPU)."""
+"""In a micro-batch with checkpointing: seven pairs at 512^2. Kept are 6 GB of block inputs and one block's activations, 1.7 GB."""
+ACTIVATION_BYTES = 106_000
+"""Kept for the backward pass of a token in a layer without checkpointing: 105,427 by count of autograd's saved tensors (true width, LoRA
+r 64 in fp32 and fused, bf16 base, torch 2.13 on a CPU; 148,947 with peft's own forward)."""
 ROOMY = 100e9
-"""Bytes of a card from which on a pair's whole activations (20 GB at 60 layers) fit several times beside the weights (46 GB)."""
+"""Bytes of a card from which on a pair's whole activations (14 GB at 60 layers) fit several times beside the weights (46 GB)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
