@@ -225,6 +225,9 @@ class AttackerConfig:
     optimizer steps of a round, then from lo again (MixGRPO, arXiv 2507.21802, with a window of 4)."""
     window_stays: int = 25
     """Optimizer steps before a sliding window moves on."""
+    tail_steps: int = 0
+    """Steps from the window's end to the picture while training, in longer strides over the same schedule (MixGRPO-Flash's idea); 0: the
+    schedule's own. Edits that nothing is trained on always take all steps."""
     shared_noise: bool = True
     """Give every sample of a group the same start noise, so that the group differs only inside the window."""
     encode_once: bool = True

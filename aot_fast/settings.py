@@ -193,6 +193,15 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
             "the KL reference is the base under a switched-off LoRA adapter",
             "set attacker.lora.rank > 0 or beta 0",
         )
+    if a.compile_blocks and a.gather != "update":
+        yield (
+            "attacker.compile_blocks",
+            True,
+            f"ZeRO's hooks inside a block, with gather {a.gather}, cannot be compiled",
+            "use gather update",
+        )
+    if a.variant == "nft" and a.steps_per_rollout > 1:
+        yield "attacker.steps_per_rollout", a.steps_per_rollout, "nft's loss holds for the weights that sampled", "use 1"
     if a.context_pixels and a.region == "whole":
         rule, fix = "the whole picture is what is edited: there is no context beside it", "use 0, or attacker.region window"
         yield "attacker.context_pixels", a.context_pixels, rule, fix
@@ -277,7 +286,7 @@ NOT_NEGATIVE = (
     "evaluation.num_questions evaluation.num_attacked defender.max_staleness reward.solvable_trials "
     "curation.num_pictures attacker.probe_edits defender.vision_lr defender.prefetch_workers defender.importance_cap "
     "defender.lora.rank attacker.lora.rank attacker.tokens_per_microbatch attacker.feather attacker.encoding_bytes "
-    "attacker.context_pixels"
+    "attacker.context_pixels attacker.tail_steps"
 ).split()
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from aot_fast.settings import CONFIGS, SettingsError, config_hash, differences, load, to_yaml
 
+NFT = ["--attacker.variant", "nft", "--attacker.dynamics", "ode", "--attacker.beta", "0"]
+
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_every_configuration_loads_and_is_named_after_its_file(name):
@@ -51,6 +53,9 @@ def test_off_is_a_word_and_false_is_none(tmp_path):
         (["--reward.judge_model", ""], ["reward.judge_answers", "first Defender", "judge_model"]),
         (["--reward.judge", "off", "--reward.judge_model", ""], ["reward.judge_answers", "judge off", "set it to false"]),
         (["--attacker.context_pixels", "4096"], ["attacker.context_pixels", "4096", "no context", "attacker.region window"]),
+        (["--attacker.compile_blocks", "true", "--attacker.gather", "block"], ["attacker.compile_blocks", "block", "gather update"]),
+        (NFT + ["--attacker.steps_per_rollout", "2"], ["attacker.steps_per_rollout", "weights that sampled", "use 1"]),
+        (["--attacker.tail_steps", "-1"], ["attacker.tail_steps", "not be negative"]),
         (["--attacker.context_pixels", "-1"], ["attacker.context_pixels", "-1", "not be negative"]),
         (["--attacker.probe_edits", "1"], ["attacker.probe_edits", "at least 2"]),
         (["--attacker.probe_share", "0"], ["attacker.probe_share", "more than 0"]),

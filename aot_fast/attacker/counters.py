@@ -54,7 +54,7 @@ def counters(attacker: Attacker, groups: Sequence[Group], update_seconds: float,
     sampled = trained = 0.0
     for group in groups:
         one = flops.forward_flops(settings, tokens_of(group))
-        sampled += one.total * (len(group.samples) * (attacker.config.num_steps - group.shared_steps) + group.shared_steps)
+        sampled += one.total * (len(group.samples) * (group.num_steps - group.shared_steps) + group.shared_steps)
         if attacker.config.variant == "nft":  # which trains noised levels of what came out, without guidance
             steps = len(group.samples) * attacker.config.window
             trained += steps * flops.training_flops(flops.forward_flops(settings, tokens_of(group)._replace(negative=0)), lora)

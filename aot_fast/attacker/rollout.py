@@ -13,7 +13,7 @@ from aot_fast.attacker.encoding import Encoding, decode, encode, window_of
 from aot_fast.attacker.model import Attacker
 from aot_fast.attacker.region import Window, cut, paste
 from aot_fast.attacker.reward import Edit
-from aot_fast.attacker.sampler import Sample, draw_window, sample
+from aot_fast.attacker.sampler import Sample, draw_window, sample, strides
 from aot_fast.config import AttackerConfig
 from aot_fast.data.schema import Example, edit_prompt
 from aot_fast.engine import seed_of
@@ -31,6 +31,8 @@ class Group:
     """The Attacker's version (optimizer steps) that made them."""
     shared_steps: int = 0
     """Denoising steps that were taken once for the group."""
+    num_steps: int = 0
+    """Denoising steps of a sample, the shared ones included."""
 
 
 def pictures_of(config: AttackerConfig, image: Image, window: Window | None) -> list[Image]:
@@ -81,11 +83,12 @@ def rollout(
     places = [(example.image, window) for example, window in zip(own, windows) for _ in range(count)]
     pictures = [edit if w is None else paste(image, w, edit, config.feather) for edit, (image, w) in zip(pictures, places)]
     watch.mark("decode")
+    num_steps = len(strides(config, window[1] if window else 0))
     shared_steps = window[0] if window and shared and config.shared_prefix and config.encode_once else 0
 
     def group(i: int) -> Group:
         part = slice(i * count, (i + 1) * count)
         edits = (Edit(own[i], picture, prompts[i], noise, round) for picture, noise in zip(pictures[part], noises[part]))
-        return Group(repeated[i * count], tuple(samples[part]), tuple(edits), attacker.player.version, shared_steps)
+        return Group(repeated[i * count], tuple(samples[part]), tuple(edits), attacker.player.version, shared_steps, num_steps)
 
     return [group(i) for i in range(len(own))]

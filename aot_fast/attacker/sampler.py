@@ -64,19 +64,19 @@ def sample(
     the others or on `config.rollout_batch`, but for rounding (1e-5 in fp32).
     """
     first, last = window if window and attacker.config.dynamics != "ode" else (0, 0)
+    path = strides(attacker.config, last)
     starts = list(zip(map(id, encodings), start_seeds)) if attacker.config.shared_prefix and first else list(range(len(encodings)))
     owners = {start: i for i, start in reversed(list(enumerate(starts)))}  # the first sample that starts so
     begun: dict[int, Tensor] = {}
     for indices in _alike(attacker, encodings, owners.values()):
         picked = [encodings[i] for i in indices] or [blank_encoding(attacker)]
         x = start_noise(attacker, picked[0], [start_seeds[i] for i in indices] or [0])
-        begun |= zip(indices, _denoise(attacker, picked, x, [], range(first), (0, 0))[0])
+        begun |= zip(indices, _denoise(attacker, picked, x, [], path[:first], (0, 0))[0])
     made: list[Sample | None] = [None] * len(encodings)
-    steps = range(first, attacker.config.num_steps)
     for indices in _alike(attacker, encodings, range(len(encodings))):
         picked = [encodings[i] for i in indices] or [blank_encoding(attacker)]
         x = torch.stack([begun[owners[starts[i]]] for i in indices]) if indices else picked[0].reference[None]
-        x, records = _denoise(attacker, picked, x, [step_seeds[i] for i in indices] or [0], steps, (first, last))
+        x, records = _denoise(attacker, picked, x, [step_seeds[i] for i in indices] or [0], path[first:], (first, last))
         for i, latents, recorded in zip(indices, x, zip(*records) if records else [()] * len(x)):
             made[i] = Sample(latents, tuple(recorded))
     return made
@@ -89,21 +89,26 @@ def _alike(attacker: Attacker, encodings: Sequence[Encoding], indices: Iterable[
 
 
 def _denoise(
-    attacker: Attacker, encodings: Sequence[Encoding], x: Tensor, step_seeds: Sequence[int], steps: range, window: tuple[int, int]
+    attacker: Attacker,
+    encodings: Sequence[Encoding],
+    x: Tensor,
+    step_seeds: Sequence[int],
+    path: Sequence[tuple[int, int]],
+    window: tuple[int, int],
 ) -> tuple[Tensor, list[list[TrainedStep]]]:
-    """x [B, N, 4c] after `steps`, and of each step inside the window what is recorded of every sample."""
+    """x [B, N, 4c] after the strides of `path`, and of each step inside the window what is recorded of every sample."""
     config = attacker.config
     forward = attacker.player if config.gather == "block" else attacker.player.module
     sigmas = schedule(attacker, x.shape[1])
     records: list[list[TrainedStep]] = []
-    for k in steps:
+    for k, after in path:
         stochastic = window[0] <= k < window[1]
         now = velocity(forward, encodings, x, [sigmas[k]] * len(x), config.guidance > 1)
         step = K.flow_step(
             x,
             now.v,
             sigmas[k],
-            sigmas[k + 1],
+            sigmas[after],
             dynamics=config.dynamics if stochastic else "ode",
             eta=config.eta,
             sigma_max=sigmas[1],
@@ -113,11 +118,19 @@ def _denoise(
             cps_logp=config.cps_logp,
         )
         if stochastic:
-            levels = (sigmas[k], sigmas[k + 1], sigmas[1])
+            levels = (sigmas[k], sigmas[after], sigmas[1])
             old = guided(now, config) if config.variant in ("guard", "dppo") else [None] * len(x)
             records.append([TrainedStep(*tensors, *levels, *rest) for *tensors, rest in zip(x, step.x_next, zip(step.logp, old))])
         x = step.x_next
     return x, records
+
+
+def strides(config: AttackerConfig, stop: int) -> list[tuple[int, int]]:
+    """(step, next step) of the schedule from noise to picture, in order; from the window's end at `stop` on, `tail_steps` of them."""
+    left = config.num_steps - stop
+    count = min(config.tail_steps, left) if stop and config.tail_steps else left
+    points = [*range(stop), *(stop + round(i * left / count) for i in range(count + 1))]
+    return list(zip(points, points[1:]))
 
 
 def guided(now: Velocity, config: AttackerConfig) -> Tensor:

@@ -12,7 +12,9 @@ from aot_fast.attacker.encoding import encode
 from aot_fast.attacker.encoding_cache import Encodings
 from aot_fast.attacker.replay import Item, replay_batches
 from aot_fast.attacker.rollout import rollout
-from aot_fast.attacker.sampler import sample
+from aot_fast.attacker.sampler import sample, schedule, strides
+from aot_fast.attacker.velocity import velocity
+from aot_fast.config import AttackerConfig
 from tests.attacker.rollouts import examples, gradients, scored
 from tests.attacker.tiny_pipeline import LORA, TRANSFORMER, picture
 
@@ -79,6 +81,38 @@ def test_microbatches_are_filled_to_their_tokens(base_config, load):
     each = items[0].encoding.num_tokens
     sizes = [len(batch) for batch in replay_batches(attacker, items)]
     assert each == 64 + 64 + len(items[0].encoding.prompt) and max(sizes) == 1100 // each > 1 and sum(sizes) == len(items)
+
+
+# Fewer steps after the window
+
+
+def test_strides_reach_the_picture():
+    config = AttackerConfig(num_steps=10)
+    whole = [(k, k + 1) for k in range(10)]
+    for tail, stop in ((0, 4), (6, 4), (9, 4), (3, 0)):  # off; as many as are left; more; no window
+        assert strides(replace(config, tail_steps=tail), stop) == whole
+    assert strides(replace(config, tail_steps=2), 4) == [*whole[:4], (4, 7), (7, 10)]
+    assert strides(replace(config, tail_steps=1), 9) == whole
+    assert strides(replace(config, tail_steps=4), 3)[3:] == [(3, 5), (5, 7), (7, 8), (8, 10)]
+
+
+def test_a_shorter_tail_leaves_what_is_trained_alone(base_config, load):
+    """Window [0, 2) of 4 steps, then one stride for two: it goes straight from the window's end to the picture."""
+    attacker = load(replace(base_config, window=2, window_range=(0, 2), lora=LORA), seed=1)
+    short = replace(attacker, config=replace(attacker.config, tail_steps=1))
+    [whole], [cut] = (rollout(player, examples(1), **PLACE) for player in (attacker, short))
+    sigmas = schedule(attacker, whole.encoding.size[0] * whole.encoding.size[1])
+    for one, other in zip(whole.samples, cut.samples, strict=True):
+        assert all(torch.equal(a.x_next, b.x_next) and torch.equal(a.logp, b.logp) for a, b in zip(one.steps, other.steps, strict=True))
+        x = one.steps[-1].x_next
+        with attacker.player.gathered() as module:
+            v = velocity(module, [cut.encoding], x[None], [sigmas[2]], False).v[0]
+        assert far(other.latents, x - sigmas[2] * v) < 1e-5 and far(other.latents, one.latents) > 1e-4
+    assert (whole.num_steps, cut.num_steps) == (4, 3)
+    ratio = counters(short, [cut], 1.0)["rollout/tflop"] / counters(attacker, [whole], 1.0)["rollout/tflop"]
+    assert ratio == pytest.approx(3 / 4)
+    untrained = [rollout(player, examples(1), **PLACE, train=False)[0] for player in (attacker, short)]
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(*(g.samples for g in untrained), strict=True))
 
 
 # Kept encodings
