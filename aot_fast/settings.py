@@ -194,12 +194,8 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
             "set attacker.lora.rank > 0 or beta 0",
         )
     if a.compile_blocks and a.gather != "update":
-        yield (
-            "attacker.compile_blocks",
-            True,
-            f"ZeRO's hooks inside a block, with gather {a.gather}, cannot be compiled",
-            "use gather update",
-        )
+        rule = f"with gather {a.gather} ZeRO's hooks run inside a block and cannot be compiled"
+        yield "attacker.compile_blocks", True, rule, "use gather update"
     if a.variant == "nft" and a.steps_per_rollout > 1:
         yield "attacker.steps_per_rollout", a.steps_per_rollout, "nft's loss holds for the weights that sampled", "use 1"
     if a.context_pixels and a.region == "whole":
