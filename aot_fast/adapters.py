@@ -3,8 +3,8 @@
 Over a bf16 layer peft casts the input to fp32 for its fp32 adapter, multiplies there, scales and adds in fp32 and casts back. Of a layer w
 wide that moves 38 w bytes a token, which take as long as the layer's own 2 w^2 operations (w = 3,072, H100), and the fp32 input is kept for
 the backward pass. Here h = x A^T and y + s h B^T are products in the layer's precision, the second one adding to y as it is written: 6 w
-bytes, and kept are x, which its neighbours keep as well, and h. The adapter's weights stay fp32: what is rounded to bf16 are copies of A
-and B, and h, three times 2^-9 of what the adapter adds.
+bytes, and kept are x, which its neighbours keep as well, and h. The Attacker's adapters stay fp32 (the Defender's are in its own precision
+either way): what is rounded to bf16 are copies of A and B, and h, three times 2^-9 of what the adapter adds.
 """
 
 from __future__ import annotations
@@ -19,25 +19,32 @@ from torch import Tensor, nn
 def fuse_adapters(model: nn.Module) -> int:
     """Give every plain LoRA layer of `model` the forward above; returns how many. Modules, names and files stay peft's.
 
-    Weights have to be whole: where ZeRO-3 has cut them up it is peft's forward again, for its hooks would not see that they are read.
-    Layers with dropout or another kind of LoRA, of which there are none unless somebody adds them, stay as they are.
+    For weights that are whole (Player.gathered): ZeRO-3's hooks do not expect a layer to read its adapter's. Layers with dropout, with
+    biases of the adapter or of another kind of LoRA stay as they are.
     """
-    plain = [m for m in model.modules() if type(m) is Linear and not m.lora_variant and len(m.active_adapters) == 1]
-    plain = [m for m in plain if isinstance(m.lora_dropout[m.active_adapters[0]], nn.Identity)]
+    plain = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
     for layer in plain:
         layer.__class__ = FusedLinear
     return len(plain)
+
+
+def _is_plain(layer: Linear) -> bool:
+    if layer.lora_variant or len(layer.active_adapters) != 1:
+        return False
+    [name] = layer.active_adapters
+    no_bias = layer.lora_A[name].bias is None and layer.lora_B[name].bias is None
+    return no_bias and isinstance(layer.lora_dropout[name], nn.Identity)
 
 
 class FusedLinear(Linear):
     """A peft LoRA layer; x [..., I] -> [..., O]."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        [name] = self.active_adapters
-        down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        if self.disable_adapters or self.merged or down.dim() < 2:  # the last: ZeRO-3 has cut it up, and only its own hooks bring it back
+        if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
+        [name] = self.active_adapters
+        down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         flat, rows = y.flatten(0, -2), x.flatten(0, -2)
         if torch.compiler.is_compiling():  # which fuses as well, and differentiates by itself
             return torch.addmm(flat, rows @ down.to(x.dtype).T, up.to(y.dtype).T, alpha=scale).view_as(y)

@@ -123,7 +123,7 @@ class DefenderConfig:
     gradient_checkpointing: bool = False
     gather: Literal["rollout", "update"] = "update"
     """What ZeRO-3 has cut up a rank holds whole while it samples; update: also for all micro-batches of an update, which otherwise gather
-    every module's weights twice each (7B in bf16: 17 GB; one rank alone holds no second copy)."""
+    every module's weights twice each (7B in bf16: 17 GB; one rank alone holds no second copy). With engine.offload all: as rollout."""
     min_pixels: int = 0
     """Smallest image after resizing; 0: as the model's processor says."""
     max_pixels: int = 0
@@ -224,7 +224,7 @@ class AttackerConfig:
     """Where it starts. random: drawn per optimizer step (Flow-GRPO-Fast). slide: from lo towards hi, a step further every `window_stays`
     optimizer steps of a round, then from lo again (MixGRPO, arXiv 2507.21802, with a window of 4)."""
     window_stays: int = 25
-    """Optimizer steps before a sliding window moves on."""
+    """Optimizer steps before a sliding window moves on; never fewer than share a rollout, which has one window."""
     tail_steps: int = 0
     """Steps from the window's end to the picture while training, in longer strides over the same schedule (MixGRPO-Flash's idea); 0: the
     schedule's own. Edits that nothing is trained on always take all steps."""
@@ -236,10 +236,11 @@ class AttackerConfig:
     """What a rank holds whole of the transformer that ZeRO-3 has cut up (Qwen-Image-Edit in bf16: 41 GB; one rank alone holds no second
     copy). block: a block's weights while it runs, also when sampling; least memory, a gather of all of them for every denoising step.
     rollout: all of them while it samples. update: also for the micro-batches of an update, which otherwise gather them twice each and run
-    ZeRO's hooks around every module (on two CPU ranks an update takes 0.7 of the time, bench/attacker_modes.py)."""
+    ZeRO's hooks around every module (bench/attacker_modes.py times all three). With engine.offload all: as rollout."""
     compile_blocks: bool = False
     """Compile the transformer's block with torch.compile (the one, for all of them), for sampling and training. Needs gather: update, where
-    no ZeRO hooks run inside. Rollout and training then compile apart and may round apart: old_logp recompute keeps the ratio exact."""
+    no ZeRO hooks run inside. Rollout and training then compile apart and may round apart (logp_mismatch tells); with old_logp recompute the
+    first step's ratio is exactly 1 all the same."""
     shared_prefix: bool = True
     """With `shared_noise`, take the steps before the window once for the whole group. Off: for every sample; the same but for rounding."""
     encoding_bytes: int = 1 << 31

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aot_fast.config import EngineConfig, OptimizerConfig, RunConfig
+from aot_fast.config import AttackerConfig, DefenderConfig, EngineConfig, OptimizerConfig, RunConfig
 
 if not torch.cuda.is_available():  # read by DeepSpeed when it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -296,6 +296,11 @@ def build_player(
 ) -> Player:
     """A `Player`; `groups` are AdamW parameter groups where parts of the model have rates of their own."""
     return Player(name, model, optimizer, engine, runtime, groups)
+
+
+def whole_updates(config: AttackerConfig | DefenderConfig, engine: EngineConfig) -> bool:
+    """Whether a player's weights are whole during its updates too: not where they are kept on the host to make room."""
+    return config.gather == "update" and engine.offload != "all"
 
 
 @contextmanager

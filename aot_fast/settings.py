@@ -196,6 +196,8 @@ def _broken(c: Config) -> Iterator[tuple[str, Any, str, str]]:
     if a.compile_blocks and a.gather != "update":
         rule = f"with gather {a.gather} ZeRO's hooks run inside a block and cannot be compiled"
         yield "attacker.compile_blocks", True, rule, "use gather update"
+    if a.compile_blocks and c.engine.offload == "all":
+        yield "attacker.compile_blocks", True, "with engine.offload all ZeRO's hooks bring every module's weights", "use offload optimizer"
     if a.variant == "nft" and a.steps_per_rollout > 1:
         yield "attacker.steps_per_rollout", a.steps_per_rollout, "nft's loss holds for the weights that sampled", "use 1"
     if a.context_pixels and a.region == "whole":

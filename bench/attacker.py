@@ -51,7 +51,6 @@ LEVERS = {
     "encode_once": {"encode_once": False},
     "shared_prefix": {"shared_prefix": False},
     "batched_decode": {"decode_batch": 1},
-    "whole_update": {"gather": "rollout"},  # its weights gathered and let go around every module of every micro-batch
     "batched_replay": {"tokens_per_microbatch": 0},  # then a micro-batch holds as many (sample, step) pairs as a group has samples
 }
 """What each lever's absence is. Without encode_once no two samples have the same encoding, and none shares a prefix either."""

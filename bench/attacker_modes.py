@@ -71,9 +71,9 @@ def main() -> None:
 
 def gathers(runtime: Runtime, asked: list[Example], repeats: int) -> dict[str, object]:
     """Medians of seconds by stage, and the largest difference of gradients from those of `rollout`."""
-    attacker = load_attacker(CONFIG, ENGINE, runtime)
-    disturb(attacker)
-    players = {gather: changed(attacker, gather=gather) for gather in ("rollout", "block", "update")}
+    players = {gather: load_attacker(replace(CONFIG, gather=gather), ENGINE, runtime) for gather in ("rollout", "block", "update")}
+    for player in players.values():
+        disturb(player)
     found = {gather: gradients_of(player, asked, turn=1) for gather, player in players.items()}
     norm = found["rollout"].norm()
     difference = max(float((gradient - found["rollout"]).norm() / norm) for gradient in found.values())

@@ -42,7 +42,7 @@ def run(model, x):
     model.zero_grad()
     x = x.clone().requires_grad_()
     outs = model(x)
-    weights = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i)) for i, o in enumerate(outs)]
+    weights = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i)).to(x.device) for i, o in enumerate(outs)]
     sum((o.double() * w).sum() for o, w in zip(outs, weights)).backward()
     return [*outs, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
@@ -109,3 +109,35 @@ def test_names_and_other_layers_stay():
     dropping = Pair(8, 8)
     inject_adapter_in_model(LoraConfig(r=2, lora_dropout=0.1, target_modules=list(NAMES)), dropping)
     assert fuse_adapters(dropping) == 0
+    biased = Pair(8, 8)
+    inject_adapter_in_model(LoraConfig(r=2, lora_bias=True, target_modules=["first"]), biased)
+    assert fuse_adapters(biased) == 0
+
+
+@pytest.mark.gpu
+def test_bf16_on_a_gpu_is_as_near_to_fp64_and_its_weights_gradients_are_summed_in_fp32():
+    plain, fused = (model.cuda() for model in make(width=256, out=128, dtype=torch.bfloat16))
+    exact = copy.deepcopy(plain).double()
+    x = torch.randn(64, 256, device="cuda").bfloat16()
+    for ours, theirs, truth in zip(run(fused, x), run(plain, x), run(exact, x.double()), strict=True):
+        assert ours.dtype == theirs.dtype
+        far, near = ((y.double() - truth).norm() / truth.norm() for y in (ours, theirs))
+        assert far <= near + 3 * 2**-9, (far, near)
+
+
+@pytest.mark.gpu
+def test_a_recorded_graph_reads_the_adapters_as_they_are_when_it_is_replayed():
+    _, fused = (model.cuda() for model in make(dtype=torch.bfloat16))
+    x = torch.randn(5, 48, device="cuda").bfloat16()
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            fused(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fused.first(x)
+        fused.first.lora_B["default"].weight.mul_(2)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, fused.first(x))

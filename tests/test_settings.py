@@ -54,6 +54,7 @@ def test_off_is_a_word_and_false_is_none(tmp_path):
         (["--reward.judge", "off", "--reward.judge_model", ""], ["reward.judge_answers", "judge off", "set it to false"]),
         (["--attacker.context_pixels", "4096"], ["attacker.context_pixels", "4096", "no context", "attacker.region window"]),
         (["--attacker.compile_blocks", "true", "--attacker.gather", "block"], ["attacker.compile_blocks", "block", "gather update"]),
+        (["--attacker.compile_blocks", "true", "--engine.offload", "all"], ["attacker.compile_blocks", "offload all", "offload optimizer"]),
         (NFT + ["--attacker.steps_per_rollout", "2"], ["attacker.steps_per_rollout", "weights that sampled", "use 1"]),
         (["--attacker.tail_steps", "-1"], ["attacker.tail_steps", "not be negative"]),
         (["--attacker.context_pixels", "-1"], ["attacker.context_pixels", "-1", "not be negative"]),

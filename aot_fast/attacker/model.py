@@ -17,10 +17,13 @@ from aot_fast.attacker.encoding_cache import Encodings
 from aot_fast.attacker.loading import find_pipeline, frozen_parts, is_plus, partitioned_transformer
 from aot_fast.attacker.still_vae import use_image_convolutions
 from aot_fast.config import AttackerConfig, EngineConfig
-from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state
+from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state, whole_updates
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ADAPTER = "default"
+COMPILED_GRAPHS = 64
+"""Of the block: with and without gradient, adapter and mask, of the first block's input and the others', by size until that is a symbol.
+Torch's own limit of 8 is passed by two picture sizes; what is over the limit runs uncompiled."""
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Attacker:
 
     def replaying(self) -> AbstractContextManager:
         """Around the micro-batches of an update: whole weights where `config.gather` is update. A collective; the step is taken outside."""
-        return self.player.gathered(training=True) if self.config.gather == "update" else nullcontext()
+        return self.player.gathered(training=True) if whole_updates(self.config, self.player.limits) else nullcontext()
 
     def save_extra(self) -> dict[str, torch.Tensor]:
         """This rank's state that the engine's checkpoint does not hold: the EMA's shards (host tensors)."""
@@ -114,7 +117,7 @@ def build_attacker(
     """An Attacker from a partitioned transformer and the frozen `parts` (loading.frozen_parts): LoRA if asked, the engine, the rest."""
     if config.lora.rank:
         _add_lora(transformer, config)
-        if config.gather == "update" and config.lora.fused:
+        if whole_updates(config, engine) and config.lora.fused:
             from aot_fast.adapters import fuse_adapters
 
             fuse_adapters(transformer)
@@ -125,7 +128,8 @@ def build_attacker(
     if config.gradient_checkpointing:
         trainer.module.enable_gradient_checkpointing()
     if config.compile_blocks:
-        trainer.module.compile_repeated_blocks(fullgraph=True)
+        torch._dynamo.config.recompile_limit = max(COMPILED_GRAPHS, torch._dynamo.config.recompile_limit)
+        trainer.module.compile_repeated_blocks()
     if config.still_vae:
         use_image_convolutions(parts["vae"])
     return Attacker(

@@ -163,6 +163,6 @@ def draw_window(config: AttackerConfig, step: int, *parts: object) -> tuple[int,
     """The [start, stop) of the stochastic steps of optimizer step `step` of a round, inside `window_range`, alike on all ranks: uniform and
     seeded by `parts`, or sliding (`window_order`)."""
     low, high = config.window_range
-    number = step // config.window_stays if config.window_order == "slide" else seed_of(*parts, "window")
+    number = step // max(config.window_stays, config.steps_per_rollout) if config.window_order == "slide" else seed_of(*parts, "window")
     start = low + number % (high - config.window - low + 1)
     return start, start + config.window

@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from aot_fast.config import DefenderConfig, EngineConfig, LoraConfig
 from aot_fast.defender import attention, vision_attention
 from aot_fast.defender.linears import pad_vision_mlps
-from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state, zero_config
+from aot_fast.engine import Player, Runtime, build_player, seed_of, whole_state, whole_updates, zero_config
 from aot_fast.models import model_folder
 
 MODELS = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
@@ -71,7 +71,7 @@ class Defender:
     def updating(self) -> AbstractContextManager:
         """Around the micro-batches of an update: whole weights where `config.gather` is update. A collective; the step is taken outside."""
         assert self.player is not None
-        return self.player.gathered(training=True) if self.config.gather == "update" else nullcontext()
+        return self.player.gathered(training=True) if whole_updates(self.config, self.player.limits) else nullcontext()
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
@@ -95,7 +95,7 @@ def load_defender(config: DefenderConfig, engine: EngineConfig, runtime: Runtime
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora.rank:
         model = _with_lora(model, config.lora, config.train_vision)
-        if config.gather == "update" and config.lora.fused:
+        if whole_updates(config, engine) and config.lora.fused:
             from aot_fast.adapters import fuse_adapters
 
             fuse_adapters(model)

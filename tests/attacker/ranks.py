@@ -34,8 +34,9 @@ def scenario(folder, runtime):
         groups = rollout(attacker, examples(count), seed=0, round=1, step=count)
         metrics, found = gradients(attacker, scored(groups))
         result[count] = {"edits": edits_of(groups, runtime), "metrics": metrics, "gradients": found}
-    for gather in ("block", "update"):
-        other = replace(attacker, config=replace(attacker.config, gather=gather))
+    for gather in ("block", "rollout"):
+        other = load_attacker(replace(BASE, model=str(folder), lora=LORA, beta=0.1, gather=gather), engine, runtime)
+        perturb(other.player, 1)
         for count in (3, 1):
             groups = rollout(other, examples(count), seed=0, round=1, step=count)
             metrics, found = gradients(other, scored(groups))

@@ -41,7 +41,7 @@ def test_edits_and_gradients_are_the_same(worlds, count):
         assert value == pytest.approx(two["metrics"][name], rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("gather", ["block", "update"])
+@pytest.mark.parametrize("gather", ["block", "rollout"])
 @pytest.mark.parametrize("count", [3, 1])
 def test_where_weights_are_gathered_changes_nothing(worlds, gather, count):
     for world in worlds:
@@ -50,8 +50,8 @@ def test_where_weights_are_gathered_changes_nothing(worlds, gather, count):
         assert other["metrics"]["logp_mismatch"] <= 1e-5
         scale = max(float(gradient.abs().max()) for gradient in plain["gradients"].values())
         for name, gradient in plain["gradients"].items():
-            # Whole weights lie elsewhere in memory, and products are summed in other blocks.
-            assert (gradient - other["gradients"][name]).abs().max() < 1e-6 * scale
+            # Whole weights come with fused adapters, and their products are summed in another order.
+            assert (gradient - other["gradients"][name]).abs().max() < 1e-5 * scale
 
 
 def same_edits(one, two):

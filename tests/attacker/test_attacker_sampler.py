@@ -126,3 +126,6 @@ def test_window_is_uniform_in_its_range_and_the_same_for_equal_seeds():
 def test_a_sliding_window_moves_on_and_begins_again():
     config = AttackerConfig(num_steps=10, window=4, window_range=(1, 6), window_order="slide", window_stays=3)
     assert [draw_window(config, step, "any")[0] for step in range(8)] == [1, 1, 1, 2, 2, 2, 1, 1]
+    # Two steps a rollout, which is drawn for at its first: none of the three places is passed over.
+    config = replace(config, window_range=(1, 7), window_stays=1, steps_per_rollout=2)
+    assert [draw_window(config, step, "any")[0] for step in range(0, 10, 2)] == [1, 2, 3, 1, 2]

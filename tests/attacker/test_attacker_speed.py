@@ -249,18 +249,19 @@ def test_the_vaes_operations_depend_on_its_convolutions():
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_blocks_train_alike(backend, base_config, load, monkeypatch):
-    """Every block a whole graph, with and without the adapter (beta). aot_eager takes no compiler's minute."""
+    """Every block a whole graph (no limit of recompilation is passed), for pictures of two sizes, batches of 4 and of 3 and the rest, with
+    and without the adapter (beta). aot_eager takes no compiler's minute."""
     from diffusers import QwenImageTransformer2DModel
 
     compile_blocks = QwenImageTransformer2DModel.compile_repeated_blocks
     monkeypatch.setattr(
-        QwenImageTransformer2DModel, "compile_repeated_blocks", lambda self, **how: compile_blocks(self, backend=backend, **how)
+        QwenImageTransformer2DModel, "compile_repeated_blocks", lambda self: compile_blocks(self, backend=backend, fullgraph=True)
     )
-    config = replace(base_config, lora=LORA, num_steps=3, window=1, window_range=(0, 2), beta=0.1)
+    config = replace(base_config, lora=LORA, num_steps=3, window=1, window_range=(0, 2), microbatch=3, beta=0.1)
     made = []
     for compiled in (False, True):
         attacker = load(replace(config, compile_blocks=compiled), seed=1)
-        groups = rollout(attacker, examples(1), **PLACE)
+        groups = rollout(attacker, examples(2), **PLACE)
         metrics, found = gradients(attacker, scored(groups))
         assert metrics["logp_mismatch"] <= 1e-5
         made.append((torch.cat([s.latents.flatten() for g in groups for s in g.samples]), found))
