@@ -142,6 +142,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     true.add_argument("--side", type=int, default=512, help="of edit and reference in pixels; the text encoder sees 3/4 of it")
     true.add_argument("--lora", type=int, default=64, help="rank; alpha is twice as much")
     true.add_argument("--tokens", type=int, default=0, help="of a micro-batch; 0: 16384 with checkpointing, else what memory is left for")
+    true.add_argument("--gather", choices=("block", "rollout", "update"), default="update", help="what is whole when (attacker.gather)")
+    true.add_argument("--compile-blocks", action="store_true", help="attacker.compile_blocks; a minute or two in the first step")
+    true.add_argument("--fused-lora", action=argparse.BooleanOptionalAction, default=True, help="off: peft's own forward")
     true.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="gradient checkpointing; default: on below 100 GB")
     true.add_argument("--published", action="store_true", help="then a step under flow_grpo's published edit recipe: other work")
     true.add_argument("--published-group", type=int, default=2, help="its samples")
@@ -202,7 +205,9 @@ def config_of(args: argparse.Namespace, runtime: Runtime) -> AttackerConfig:
     checkpointing = card_bytes(runtime) < ROOMY if args.checkpointing is None else args.checkpointing
     return AttackerConfig(
         model=ASSET,
-        lora=LoraConfig(rank=args.lora, alpha=2 * args.lora),
+        lora=LoraConfig(rank=args.lora, alpha=2 * args.lora, fused=args.fused_lora),
+        gather=args.gather,
+        compile_blocks=args.compile_blocks,
         gradient_checkpointing=checkpointing,
         target_pixels=args.side**2,
         reference_pixels=args.side**2,
