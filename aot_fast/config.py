@@ -221,7 +221,7 @@ class AttackerConfig:
     window_range: tuple[int, int] = (0, 5)
     """[lo, hi): the window lies inside."""
     window_order: Literal["random", "slide"] = "random"
-    """Where it starts. random: drawn per optimizer step (Flow-GRPO-Fast). slide: from lo towards hi, a step further every `window_stays`
+    """Where it starts. random: drawn for every rollout (Flow-GRPO-Fast). slide: from lo towards hi, a step further every `window_stays`
     optimizer steps of a round, then from lo again (MixGRPO, arXiv 2507.21802, with a window of 4)."""
     window_stays: int = 25
     """Optimizer steps before a sliding window moves on; never fewer than share a rollout, which has one window."""
